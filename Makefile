@@ -1,0 +1,56 @@
+# make demo, make test: each builds .venv in the repository root first, once.
+#   make setup TORCH="torch>=2.10"    another torch than the one the tests are run with
+#   make setup PYTHON=python3.12      another interpreter
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+RUN := HF_HUB_OFFLINE=1 $(BIN)/
+
+.PHONY: setup demo test quick lint format fuzz bench dist clean
+
+setup: $(VENV)/.installed
+
+# torch comes first and alone: the extension is compiled against it, and nothing else may choose its build.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip "setuptools>=77" wheel
+	$(PIP) install "$(TORCH)"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
+	$(PIP) install --no-build-isolation --editable ".[dev]"
+	touch $@
+
+demo: setup
+	$(RUN)styleattn demo --out out
+
+test: lint
+	$(RUN)python -m pytest
+
+quick: setup
+	$(RUN)python -m pytest -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# 10,000 random option combinations for every property test.
+fuzz: setup
+	$(RUN)python -m pytest -m hypothesis --hypothesis-profile=fuzz
+
+bench: setup
+	$(RUN)python -m pytest benchmarks --benchmark-only
+
+dist: setup
+	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info styleattn/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
