@@ -1,0 +1,50 @@
+"""Fast, exact attention for reference-image stylization with diffusion models."""
+
+from importlib import import_module
+from typing import Any
+
+from styleattn.attention import (
+    TokenStats,
+    adain_affine,
+    attention,
+    decoupled_attention,
+    injected_attention,
+    merge,
+    shared_attention,
+    token_stats,
+)
+from styleattn.backends import Unsupported, backends
+from styleattn.branch import Affine, Branch, Invalid, Segment
+
+__version__ = "0.1.0"
+
+_LAZY: dict[str, str] = {}
+"""Names that need a host library, and the module that holds them: imported at first use."""
+
+__all__ = [
+    "Affine",
+    "Branch",
+    "Invalid",
+    "Segment",
+    "TokenStats",
+    "Unsupported",
+    "adain_affine",
+    "attention",
+    "backends",
+    "decoupled_attention",
+    "injected_attention",
+    "merge",
+    "shared_attention",
+    "token_stats",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'styleattn' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

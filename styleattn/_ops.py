@@ -1,0 +1,222 @@
+"""Custom ops: schemas, exact fakes (strides too), autograd. The one boundary between Python and every backend.
+
+A call travels as `query`, the tensors it holds in a fixed order, and two lists that say which are there: one op, whatever the
+number of branches and segments, opaque to torch.compile. The backend is chosen before the boundary and named in the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from styleattn import backends
+from styleattn.branch import Affine, Branch, Segment
+
+_AFFINE = ("scale", "shift", "center")
+_BRANCH = (("query", False), ("query_affine", True), ("content_query", False), ("gamma", None), ("weight", None))
+_SEGMENT = (
+    ("key", False),
+    ("value", False),
+    ("rows", False),
+    ("key_affine", True),
+    ("value_affine", True),
+    ("logit_scale", None),
+    ("logit_bias", None),
+    ("key_bias", False),
+    ("own_key", False),
+    ("own_value", False),
+    ("kv_blend", None),
+)
+"""Fields in travelling order: True an affine, False a tensor or None, None a number or a tensor."""
+
+Path = tuple[Any, ...]
+"""Where a tensor of a call sits: (branch, segment or None, field, part of an affine or None)."""
+
+
+def _walk(branches: Sequence[Branch]) -> list[tuple[Path, Any]]:
+    """Every slot of a call with its value, in travelling order."""
+    slots: list[tuple[Path, Any]] = []
+    for g, branch in enumerate(branches):
+        for i, node in [(None, branch), *enumerate(branch.segments)]:
+            for field, is_affine in _BRANCH if i is None else _SEGMENT:
+                value = getattr(node, field)
+                parts = _AFFINE if is_affine else (None,)
+                for part in parts:
+                    slots.append(((g, i, field, part), value if part is None or value is None else getattr(value, part)))
+    return slots
+
+
+def pack(branches: Sequence[Branch]) -> tuple[list[Tensor], list[int], list[float]]:
+    """A normalised call as (tensors, layout, numbers)."""
+    tensors: list[Tensor] = []
+    numbers: list[float] = []
+    layout = [len(branches)]
+    for branch in branches:
+        layout.append(len(branch.segments))
+        layout.extend(s.null_keys for s in branch.segments)
+    for _, value in _walk(branches):
+        if isinstance(value, Tensor):
+            layout.append(1)
+            tensors.append(value)
+        elif value is None:
+            layout.append(0)
+        else:
+            layout.append(2)
+            numbers.append(value)
+    return tensors, layout, numbers
+
+
+def unpack(tensors: Sequence[Any], layout: Sequence[int], numbers: Sequence[float]) -> tuple[Branch, ...]:
+    """The call that `pack` packed; `tensors` may hold anything that stands in for them (such as gradients)."""
+    flags, floats, items = iter(layout), iter(numbers), iter(tensors)
+    counts = []
+    for _ in range(next(flags)):
+        n = next(flags)
+        counts.append([next(flags) for _ in range(n)])
+
+    def slot() -> Any:
+        kind = next(flags)
+        return next(items) if kind == 1 else next(floats) if kind == 2 else None
+
+    def node(fields: Sequence[tuple[str, bool | None]]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for field, is_affine in fields:
+            if is_affine:
+                parts = [slot() for _ in _AFFINE]
+                values[field] = None if parts[0] is None else Affine(*parts)
+            else:
+                values[field] = slot()
+        return values
+
+    branches = []
+    for nulls in counts:
+        own = node(_BRANCH)
+        segments = tuple(Segment(**node(_SEGMENT), null_keys=n) for n in nulls)
+        branches.append(Branch(segments, **own))
+    return tuple(branches)
+
+
+def _blhd(query: Tensor) -> Tensor:
+    """An uninitialised output in the layout all backends promise: [B, H, L, D] over BLHD memory."""
+    b, h, n, d = query.shape
+    return torch.empty(b, n, h, d, dtype=query.dtype, device=query.device).transpose(1, 2)
+
+
+@torch.library.custom_op("styleattn::attention", mutates_args=())
+def attention_op(
+    query: Tensor, tensors: Sequence[Tensor], layout: Sequence[int], numbers: Sequence[float], softmax_scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, L, D] and lse [G, B, H, L] of a packed call, by a named backend."""
+    branches = unpack(tensors, layout, numbers)
+    if query.shape[0] == 0:
+        return _blhd(query), _empty_lse(query, len(branches))
+    return backends.load(backend).attention_forward(query, branches, softmax_scale)
+
+
+def _empty_lse(query: Tensor, branches: int) -> Tensor:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty((branches, *query.shape[:-1]), dtype=dtype)
+
+
+@attention_op.register_fake
+def _attention_fake(query, tensors, layout, numbers, softmax_scale, backend):
+    return _blhd(query), _empty_lse(query, layout[0])
+
+
+@torch.library.custom_op("styleattn::attention_backward", mutates_args=())
+def attention_backward_op(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    tensors: Sequence[Tensor],
+    layout: Sequence[int],
+    numbers: Sequence[float],
+    softmax_scale: float,
+    lse: Tensor,
+    needed: Sequence[int],
+) -> list[Tensor]:
+    """Gradients of the query and of every tensor of a packed call; empty where `needed` is 0."""
+    from styleattn.gradients import attention_gradients
+
+    branches = unpack(tensors, layout, numbers)
+    query_grad, grads = attention_gradients(grad_out, grad_lse, query, branches, softmax_scale, lse)
+    paths = [path for path, value in _walk(branches) if isinstance(value, Tensor)]
+    found = [query_grad, *(grads.get(path) for path in paths)]
+    results = []
+    for need, grad, like in zip(needed, found, (query, *tensors), strict=True):
+        if not need:
+            results.append(like.new_empty(0))
+        else:
+            results.append(torch.zeros_like(like, memory_format=torch.contiguous_format) if grad is None else _dense(grad, like))
+    return results
+
+
+def _dense(grad: Tensor, like: Tensor) -> Tensor:
+    grad = grad.to(like.dtype).contiguous()
+    return grad.clone() if grad.data_ptr() == like.data_ptr() else grad
+
+
+@attention_backward_op.register_fake
+def _attention_backward_fake(grad_out, grad_lse, query, tensors, layout, numbers, softmax_scale, lse, needed):
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for need, x in zip(needed, (query, *tensors), strict=True)
+    ]
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    query, tensors, layout, numbers, softmax_scale, _ = inputs
+    ctx.save_for_backward(query, *tensors, output[1])
+    ctx.call = (list(layout), list(numbers), softmax_scale)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    query, *tensors, lse = ctx.saved_tensors
+    layout, numbers, softmax_scale = ctx.call
+    needed = [int(x.is_floating_point()) for x in (query, *tensors)]
+    grads = attention_backward_op(grad_out, grad_lse, query, tensors, layout, numbers, softmax_scale, lse, needed)
+    found = [g if need else None for g, need in zip(grads, needed, strict=True)]
+    return found[0], found[1:], None, None, None, None
+
+
+attention_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def attention(query: Tensor, branches: Sequence[Branch], softmax_scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    """The normalised call through the op boundary."""
+    tensors, layout, numbers = pack(branches)
+    return attention_op(query, tensors, layout, numbers, softmax_scale, backend)
+
+
+@torch.library.custom_op("styleattn::token_stats", mutates_args=())
+def token_stats_op(x: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    """mean and sqrt(unbiased variance + eps) over the tokens of [B, H, N, D], each [B, H, D] in fp32."""
+    return backends.load_stats(backend).token_stats_forward(x, eps)
+
+
+@token_stats_op.register_fake
+def _token_stats_fake(x, eps, backend):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    b, h, _, d = x.shape
+    return x.new_empty((b, h, d), dtype=dtype), x.new_empty((b, h, d), dtype=dtype)
+
+
+def _stats_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(inputs[0], *output)
+
+
+def _stats_backward(ctx: Any, grad_mean: Tensor, grad_std: Tensor) -> tuple[Any, ...]:
+    """dx = dmean / N + dstd * (x - mean) / ((N - 1) * std)."""
+    x, mean, std = ctx.saved_tensors
+    n = x.shape[-2]
+    slope = (grad_std / (std * max(n - 1, 1))).unsqueeze(-2)
+    grad = (grad_mean / n).unsqueeze(-2) + slope * (x.to(mean.dtype) - mean.unsqueeze(-2))
+    return grad.to(x.dtype), None, None
+
+
+token_stats_op.register_autograd(_stats_backward, setup_context=_stats_setup)
+
+OPS: tuple[Callable[..., Any], ...] = (attention_op, attention_backward_op, token_stats_op)

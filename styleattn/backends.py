@@ -1,0 +1,152 @@
+"""Which backends can run here, which one runs a call, and every reason why the others cannot."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from styleattn.branch import Branch, describe, describe_call
+
+MODULES = {
+    "reference": "styleattn.reference",
+    "torch": "styleattn.torch_backend",
+    "cpu": "styleattn.cpu_backend",
+    "triton": "styleattn.kernels.attention",
+}
+_STATS = {"triton": "styleattn.kernels.stats"}
+ENVIRONMENT = "STYLEATTN_BACKEND"
+PREFERENCE = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
+"""Order of choice for `backend=None`; a later table of measurements may only reorder it."""
+
+_loaded: dict[str, ModuleType] = {}
+
+
+class Unsupported(ValueError):
+    """A backend that was asked for cannot run the call: every reason at once."""
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One row of `backends()`: a backend, whether it can run here, what it runs on, and why not."""
+
+    name: str
+    available: bool
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.name:<10} {'yes' if self.available else 'no':<4} {self.detail}"
+
+
+class Backends(tuple[BackendStatus, ...]):
+    """The table `backends()` returns; prints itself, and answers `"cpu" in backends()` for what is available."""
+
+    def __str__(self) -> str:
+        return "\n".join(str(row) for row in self)
+
+    def __contains__(self, name: object) -> bool:
+        return any(row.available and row.name == name for row in self)
+
+    def __getitem__(self, name):  # type: ignore[no-untyped-def, override]
+        if isinstance(name, str):
+            return {row.name: row for row in self}[name]
+        return super().__getitem__(name)
+
+
+def load(name: str) -> ModuleType:
+    """The module of a backend, imported at its first use."""
+    if name not in _loaded:
+        _loaded[name] = importlib.import_module(MODULES[name])
+    return _loaded[name]
+
+
+def load_stats(name: str) -> ModuleType:
+    """The module that computes a backend's token statistics."""
+    return importlib.import_module(_STATS[name]) if name in _STATS else load(name)
+
+
+def _missing(name: str) -> str | None:
+    """Why a backend cannot be loaded at all, or None."""
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if name == "cpu":
+        available, reason = load("cpu").available()
+        return None if available else reason
+    return None
+
+
+def reasons_against(name: str, query: Tensor, branches: tuple[Branch, ...]) -> list[str]:
+    """Every reason why the named backend cannot run the call."""
+    missing = _missing(name)
+    return [missing] if missing else load(name).unsupported_reasons(query, branches)
+
+
+def _valid(name: str, call: str) -> str:
+    if name not in MODULES:
+        raise ValueError(f"{call}: backend must be one of {', '.join(MODULES)} or None, got {name!r}")
+    return name
+
+
+def _asked(backend: str | None, call: str) -> str | None:
+    """The backend the caller or the environment names."""
+    if backend is None:
+        backend = os.environ.get(ENVIRONMENT) or None
+    return None if backend is None else _valid(backend, call)
+
+
+def resolve(call: str, query: Tensor, branches: tuple[Branch, ...], backend: str | None) -> str:
+    """The backend that runs the call: the one asked for, else the first of the device's order that can.
+
+    Raises:
+        Unsupported: the asked backend cannot run the call; the message lists all reasons and the shapes.
+    """
+    asked = _asked(backend, call)
+    order = (asked,) if asked else PREFERENCE.get(query.device.type, ("torch", "reference"))
+    found: dict[str, list[str]] = {}
+    for name in order:
+        found[name] = reasons_against(name, query, branches)
+        if not found[name]:
+            return name
+    lines = "".join(f"\n    {name}: {reason}" for name, reasons in found.items() for reason in reasons)
+    raise Unsupported(
+        f"{call}: backend {asked!r} cannot run the call:{lines}\n  inputs: {describe_call(query, branches)}\n"
+        "  pass backend='reference' to run it in eager PyTorch"
+    )
+
+
+def resolve_stats(call: str, x: Tensor, backend: str | None) -> str:
+    """The backend that computes token statistics of x."""
+    asked = _asked(backend, call)
+    order: Sequence[str] = (asked,) if asked else PREFERENCE.get(x.device.type, ("torch", "reference"))
+    for name in order:
+        if not reasons_against(name, x, ()):
+            return name
+    reasons = "; ".join(reasons_against(order[0], x, ()))
+    raise Unsupported(f"{call}: backend {asked!r} cannot run the call: {reasons}; inputs: {describe(x)}")
+
+
+def _detail(name: str) -> tuple[bool, str]:
+    """Whether a backend can run on this machine, and what it runs on or why not."""
+    missing = _missing(name)
+    if missing:
+        return False, missing
+    if name == "reference":
+        return True, "eager PyTorch, any device, up to float64"
+    if name == "torch":
+        return True, f"library attention of PyTorch {torch.__version__}, cpu" + (" and cuda" if torch.cuda.is_available() else "")
+    if name == "cpu":
+        return True, f"C++, {load('cpu').isa()}"
+    probe = torch.empty(1, 1, 1, 16, device="cuda" if torch.cuda.is_available() else "cpu")
+    reasons = load(name).unsupported_reasons(probe, ())
+    return not reasons, "; ".join(reasons) or f"Triton on {torch.cuda.get_device_name() if probe.is_cuda else 'the interpreter'}"
+
+
+def backends() -> Backends:
+    """What can run here, and every reason why the others cannot. Prints as a table; `"cpu" in styleattn.backends()`."""
+    return Backends(BackendStatus(name, *_detail(name)) for name in MODULES)
