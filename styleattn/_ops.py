@@ -107,13 +107,20 @@ def _blhd(query: Tensor) -> Tensor:
 
 @torch.library.custom_op("styleattn::attention", mutates_args=())
 def attention_op(
-    query: Tensor, tensors: Sequence[Tensor], layout: Sequence[int], numbers: Sequence[float], softmax_scale: float, backend: str
+    query: Tensor,
+    tensors: Sequence[Tensor],
+    layout: Sequence[int],
+    numbers: Sequence[float],
+    softmax_scale: float,
+    backend: str,
+    call: str,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, H, L, D] and lse [G, B, H, L] of a packed call, by a named backend."""
+    """out [B, H, L, D] and lse [G, B, H, L] of a packed call; `backend` "" chooses, `call` names it in errors."""
     branches = unpack(tensors, layout, numbers)
+    name = backends.resolve(call, query, branches, backend or None)
     if query.shape[0] == 0:
         return _blhd(query), _empty_lse(query, len(branches))
-    return backends.load(backend).attention_forward(query, branches, softmax_scale)
+    return backends.load(name).attention_forward(query, branches, softmax_scale)
 
 
 def _empty_lse(query: Tensor, branches: int) -> Tensor:
@@ -122,7 +129,7 @@ def _empty_lse(query: Tensor, branches: int) -> Tensor:
 
 
 @attention_op.register_fake
-def _attention_fake(query, tensors, layout, numbers, softmax_scale, backend):
+def _attention_fake(query, tensors, layout, numbers, softmax_scale, backend, call):
     return _blhd(query), _empty_lse(query, layout[0])
 
 
@@ -168,7 +175,7 @@ def _attention_backward_fake(grad_out, grad_lse, query, tensors, layout, numbers
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    query, tensors, layout, numbers, softmax_scale, _ = inputs
+    query, tensors, layout, numbers, softmax_scale, _, _ = inputs
     ctx.save_for_backward(query, *tensors, output[1])
     ctx.call = (list(layout), list(numbers), softmax_scale)
 
@@ -179,22 +186,24 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     needed = [int(x.is_floating_point()) for x in (query, *tensors)]
     grads = attention_backward_op(grad_out, grad_lse, query, tensors, layout, numbers, softmax_scale, lse, needed)
     found = [g if need else None for g, need in zip(grads, needed, strict=True)]
-    return found[0], found[1:], None, None, None, None
+    return found[0], found[1:], None, None, None, None, None
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def attention(query: Tensor, branches: Sequence[Branch], softmax_scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    """The normalised call through the op boundary."""
+def attention(
+    query: Tensor, branches: Sequence[Branch], softmax_scale: float, backend: str | None, call: str
+) -> tuple[Tensor, Tensor]:
+    """A normalised call through the op boundary."""
     tensors, layout, numbers = pack(branches)
-    return attention_op(query, tensors, layout, numbers, softmax_scale, backend)
+    return attention_op(query, tensors, layout, numbers, softmax_scale, backend or "", call)
 
 
 @torch.library.custom_op("styleattn::token_stats", mutates_args=())
 def token_stats_op(x: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     """mean and sqrt(unbiased variance + eps) over the tokens of [B, H, N, D], each [B, H, D] in fp32."""
-    return backends.load_stats(backend).token_stats_forward(x, eps)
+    return backends.load_stats(backends.resolve_stats("token_stats", x, backend or None)).token_stats_forward(x, eps)
 
 
 @token_stats_op.register_fake

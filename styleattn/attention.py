@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from styleattn import _ops, backends
+from styleattn import _ops
 from styleattn.branch import Affine, Branch, Invalid, Segment, check_query, describe, normalize
 
 Number = float | Tensor
@@ -60,7 +60,7 @@ def _run(
     call: str, query: Tensor, branches: Sequence[Branch], softmax_scale: float | None, return_lse: bool, backend: str | None
 ) -> Tensor | tuple[Tensor, Tensor]:
     normal, scale = normalize(call, query, branches, softmax_scale)
-    out, lse = _ops.attention(query, normal, scale, backends.resolve(call, query, normal, backend))
+    out, lse = _ops.attention(query, normal, scale, backend, call)
     return (out, lse) if return_lse else out
 
 
@@ -78,7 +78,7 @@ def token_stats(x: Tensor, *, eps: float = 1e-5, backend: str | None = None) -> 
     check_query("token_stats", x)
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps > 0 or not math.isfinite(eps):
         raise Invalid("token_stats", [f"eps must be a positive number, got {eps!r}"], f"x {describe(x)}")
-    return TokenStats(*_ops.token_stats_op(x, float(eps), backends.resolve_stats("token_stats", x, backend)))
+    return TokenStats(*_ops.token_stats_op(x, float(eps), backend or ""))
 
 
 def adain_affine(own: TokenStats, reference: TokenStats) -> Affine:
