@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def torch_include() -> tuple[str, str]:
-    """The include directory of the installed torch, and why there is none. Does not import torch."""
+    """The include directory of the installed torch, or why there is none. Imports no torch."""
     spec = util.find_spec("torch")
     if spec is None or spec.origin is None:
         return (
@@ -35,7 +35,7 @@ def torch_include() -> tuple[str, str]:
 
 
 def compiler_problem() -> str:
-    """Why the C++ compiler that setuptools will use cannot build an extension; empty when it can."""
+    """Why the C++ compiler of setuptools cannot build an extension; empty when it can."""
     if os.name == "nt":
         return "the extension is not built on Windows"
     compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
@@ -52,12 +52,13 @@ def compiler_problem() -> str:
         except OSError as error:
             return f"no C++ compiler: {error}"
     if run.returncode != 0:
-        return f"{compiler!r} cannot compile C++17 against Python.h: {run.stderr.strip()[:500] or 'no message'}"
+        reason = run.stderr.strip()[:500] or "no message"
+        return f"{compiler!r} cannot compile C++17 against Python.h: {reason}"
     return ""
 
 
 def extensions() -> list[Extension]:
-    """``styleattn._C`` where torch and a C++ compiler are there; otherwise nothing, and a word on why."""
+    """``styleattn._C`` where torch and a C++ compiler are there; else nothing, and why."""
     include, problem = torch_include()
     problem = problem or compiler_problem()
     if problem:
@@ -75,7 +76,15 @@ def extensions() -> list[Extension]:
                 ("Py_LIMITED_API", "0x030a0000"),
                 ("TORCH_TARGET_VERSION", "0x020a000000000000"),
             ],
-            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden"],
+            # no per-file flags: each instruction set is enabled by pragma in a file of its own
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-fvisibility=hidden",
+                "-fno-math-errno",
+                "-g0",
+            ],
+            extra_link_args=["-Wl,-s"] if sys.platform == "linux" else [],
             language="c++",
             py_limited_api=True,
             optional=True,  # an old compiler costs the `cpu` backend, not the installation
@@ -85,8 +94,8 @@ def extensions() -> list[Extension]:
 
 modules = extensions() if any(ROOT.glob("csrc/*.cpp")) else []
 setup(
-    # kernels/ sits at the top of the tree and installs as styleattn.kernels. It must never be importable as
-    # `kernels`: that name belongs to Hugging Face's package, which diffusers and transformers import.
+    # kernels/ sits at the top of the tree and installs as styleattn.kernels. It must never be
+    # importable as `kernels`: that is Hugging Face's package, which diffusers and transformers use.
     packages=[*find_packages(include=["styleattn*"]), "styleattn.kernels"],
     package_dir={"styleattn.kernels": "kernels"},
     ext_modules=modules,
