@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _OP = {"branch"}
 _BACKENDS = {"reference", "torch_backend", "cpu_backend", "kernels"}
 _CORE = _OP | {"attention", "backends"}
-_HOSTS = _CORE | {"methods", "adapters", "inversion", "processors"}
+_HOSTS = _CORE | {"methods", "references", "adapters", "inversion", "processors"}
 ROOMS: dict[str, set[str]] = {
     "branch": set(),
     **dict.fromkeys(_BACKENDS, _OP),
@@ -34,6 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "attention": _OP | {"_ops", "backends"},
     "testing": _CORE | {"reference"},
     "methods": _CORE,
+    "references": _CORE | {"inversion"},
     "adapters": _CORE | {"methods"},
     "processors": _HOSTS,
     "inversion": _CORE,
