@@ -18,7 +18,17 @@ from styleattn.branch import Affine, Branch, Invalid, Segment
 
 __version__ = "0.1.0"
 
-_LAZY: dict[str, str] = {}
+_LAZY = {
+    "METHODS": "styleattn.methods",
+    "StyleAligned": "styleattn.methods",
+    "Reference": "styleattn.references",
+    "StyleBank": "styleattn.references",
+    "Handle": "styleattn.processors",
+    "apply": "styleattn.processors",
+    "explain": "styleattn.processors",
+    "remove": "styleattn.processors",
+    "build_bank": "styleattn.processors.bank",
+}
 """Names that need a host library, and the module that holds them: imported at first use."""
 
 __all__ = [

@@ -18,7 +18,7 @@ def unsupported_reasons(query: Tensor, branches: tuple[Branch, ...]) -> list[str
     return []
 
 
-def _over(x: float | Tensor, dims: int) -> float | Tensor:
+def over(x: float | Tensor, dims: int) -> float | Tensor:
     """A float as it is; [B] as [B, 1, ...]; [B, L] as [B, 1, L, 1, ...], with `dims` dimensions."""
     if not isinstance(x, Tensor):
         return x
@@ -36,7 +36,7 @@ def _effective_query(query: Tensor, branch: Branch, dtype: torch.dtype) -> Tenso
     q = _affine((query if branch.query is None else branch.query).to(dtype), branch.query_affine)
     if branch.content_query is None:
         return q
-    gamma = _over(branch.gamma, 4)
+    gamma = over(branch.gamma, 4)
     return gamma * branch.content_query.to(dtype) + (1 - gamma) * q
 
 
@@ -53,7 +53,7 @@ def _keys_and_values(s: Segment, batch: int, dtype: torch.dtype) -> tuple[Tensor
     """K' and V' [B, H, S, D]: gathered, blended, mapped."""
     k, v = (_gather(x, s.rows, batch).to(dtype) for x in (s.key, s.value))
     if s.own_key is not None and s.own_value is not None:
-        lam = _over(s.kv_blend, 4)
+        lam = over(s.kv_blend, 4)
         k = lam * k + (1 - lam) * s.own_key.to(dtype)
         v = lam * v + (1 - lam) * s.own_value.to(dtype)
     return _affine(k, s.key_affine), _affine(v, s.value_affine)
@@ -61,20 +61,20 @@ def _keys_and_values(s: Segment, batch: int, dtype: torch.dtype) -> tuple[Tensor
 
 def _logits(q: Tensor, k: Tensor, s: Segment, softmax_scale: float) -> Tensor:
     """alpha * sigma * <Q', K'> + beta + keybias, [B, H, L, S]; -inf where the segment or the key is removed."""
-    logits = _over(s.logit_scale, 4) * (softmax_scale * (q @ k.transpose(-1, -2)))
-    beta = _over(s.logit_bias, 4)
+    logits = over(s.logit_scale, 4) * (softmax_scale * (q @ k.transpose(-1, -2)))
+    beta = over(s.logit_bias, 4)
     if not isinstance(beta, Tensor):
         beta = torch.full((1, 1, 1, 1), beta, dtype=q.dtype, device=q.device)
     if s.key_bias is not None:
-        key_bias = s.key_bias if s.key_bias.ndim == 2 else s.key_bias[None]
-        beta = beta + _gather(key_bias[:, None, None], s.rows, q.shape[0])
+        per_key = s.key_bias[:, None, None] if s.key_bias.ndim == 2 else s.key_bias
+        beta = beta + (_gather(per_key, s.rows, q.shape[0]) if s.key_bias.ndim == 2 else per_key)
     if s.rows is not None:
         removed = s.rows.to(q.device) < 0
         beta = beta.masked_fill(removed.reshape(-1, 1, 1, 1), NEG_INF)
     return torch.where(beta == NEG_INF, NEG_INF, logits + beta)
 
 
-def _branch(query: Tensor, branch: Branch, softmax_scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def branch_forward(query: Tensor, branch: Branch, softmax_scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """One softmax: its output [B, H, L, D] and log-sum-exp [B, H, L]."""
     q = _effective_query(query, branch, dtype)
     batch, heads, length, dim = q.shape
@@ -99,10 +99,10 @@ def attention_forward(query: Tensor, branches: tuple[Branch, ...], softmax_scale
     total = torch.zeros(batch, length, heads, dim, dtype=dtype, device=query.device).transpose(1, 2)
     lses = []
     for branch in branches:
-        out, lse = _branch(query, branch, softmax_scale, dtype)
+        out, lse = branch_forward(query, branch, softmax_scale, dtype)
         lses.append(lse)
         if isinstance(branch.weight, Tensor) or branch.weight != 0.0:
-            total += _over(branch.weight, 4) * out
+            total += over(branch.weight, 4) * out
     return total.to(query.dtype), torch.stack(lses)
 
 

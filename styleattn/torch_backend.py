@@ -40,7 +40,7 @@ def _library_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sca
     """One library call on [B, H, L, D]: output, and natural-log LSE [B, H, L] in fp32. `bias` is [B or 1, 1, 1, S]."""
     if q.device.type == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, attn_mask=None if bias is None else bias.to(q.dtype), scale=scale
+            q, k, v, attn_mask=bias, scale=scale
         )
         return out, lse
     if bias is None and q.dtype != torch.float32 and q.shape[-1] % 8 == 0:

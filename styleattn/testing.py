@@ -1,0 +1,224 @@
+"""Inputs and error budgets shared by tests and benchmarks.
+
+Keys have strong channel means, as those of real models do: random normal keys hide AdaIN and everything that folds. Budgets are
+measured, never typed: the yardstick is the specification in fp64, the budget is what eager PyTorch loses in the same dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from styleattn import reference
+from styleattn.branch import Affine, Branch, Segment, normalize
+
+HALF = (torch.float16, torch.bfloat16)
+HEAD_DIMS = (40, 64, 80, 128, 160)
+LENGTHS = (1, 63, 257, 1000)
+NEG_INF = float("-inf")
+
+
+def features(
+    generator: torch.Generator,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    means: float = 2.0,
+    strided: bool = False,
+    device: str = "cpu",
+) -> Tensor:
+    """A [B, H, N, D] tensor with channel means of size `means` and uneven channel scales; over [B, N, H, D] memory if strided."""
+    b, h, n, d = shape
+    scale = 0.5 + torch.rand(b, h, 1, d, generator=generator)
+    shift = means * torch.randn(b, h, 1, d, generator=generator)
+    x = (torch.randn(b, h, n, d, generator=generator) * scale + shift).to(device=device, dtype=dtype)
+    if not strided:
+        return x
+    wide = torch.zeros(b, n, h, d + 8, dtype=dtype, device=device)
+    wide[..., :d] = x.transpose(1, 2)
+    return wide[..., :d].transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class SegmentSpec:
+    """Which options a segment uses."""
+
+    keys: int = 7
+    key_rows: str = "each"  # "each": R = B; "one": R = 1; "mapped": a row map; "holes": a row map with -1
+    affines: str = ""  # any of "k", "v", "c" (center)
+    logit_scale: str = ""  # "": 1, "float", "row"
+    logit_bias: str = ""  # "": 0, "float", "row", "query", "inf" (some rows), "gone" (-inf everywhere)
+    key_bias: str = ""  # "", "shared": [S], "row": [R, S], "mask": [R, S] with -inf
+    null_keys: int = 0
+    blend: str = ""  # "", "float", "row"
+
+
+@dataclass(frozen=True)
+class BranchSpec:
+    """Which options a branch uses."""
+
+    segments: tuple[SegmentSpec, ...] = (SegmentSpec(),)
+    weight: str = ""  # "": 1, "zero", "float", "row", "query"
+    own_query: bool = False
+    query_affine: bool = False
+    content: str = ""  # "", "float", "row"
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """A whole call: shapes and options. `build` turns it into tensors."""
+
+    batch: int = 2
+    heads: int = 2
+    length: int = 5
+    head_dim: int = 16
+    branches: tuple[BranchSpec, ...] = (BranchSpec(),)
+    dtype: torch.dtype = torch.float32
+    strided: bool = False
+    softmax_scale: float | None = None
+    means: float = 1.0
+    seed: int = 0
+
+    def build(self) -> tuple[Tensor, tuple[Branch, ...], float | None]:
+        """(query, branches, softmax_scale) with tensors drawn from the seed."""
+        return _Builder(self).call()
+
+
+class _Builder:
+    def __init__(self, spec: CallSpec):
+        self.spec = spec
+        self.generator = torch.Generator().manual_seed(spec.seed)
+
+    def rand(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator)
+
+    def features(self, rows: int, length: int) -> Tensor:
+        c = self.spec
+        shape = (rows, c.heads, length, c.head_dim)
+        return features(self.generator, shape, c.dtype, means=c.means, strided=c.strided)
+
+    def affine(self, center: bool = False) -> Affine:
+        shape = (self.spec.batch, self.spec.heads, self.spec.head_dim)
+        scale, shift = 0.5 + self.rand(*shape), self.rand(*shape) - 0.5
+        return Affine(scale, shift, 2 * self.rand(*shape) - 1 if center else None)
+
+    def number(self, kind: str, low: float, high: float) -> Any:
+        c = self.spec
+        span = high - low
+        if kind == "float":
+            return low + span * float(self.rand(1))
+        return low + span * (self.rand(c.batch, c.length) if kind == "query" else self.rand(c.batch))
+
+    def rows(self, kind: str) -> tuple[int, Tensor | None]:
+        b = self.spec.batch
+        if kind in ("each", "one"):
+            return (b if kind == "each" else 1), None
+        count = max(1, b - 1)
+        low = -1 if kind == "holes" else 0
+        return count, torch.randint(low, count, (b,), generator=self.generator)
+
+    def segment(self, s: SegmentSpec) -> Segment:
+        count, rows = self.rows(s.key_rows)
+        out = Segment(self.features(count, s.keys), self.features(count, s.keys), rows=rows, null_keys=s.null_keys)
+        if "k" in s.affines:
+            out = replace(out, key_affine=self.affine("c" in s.affines))
+        if "v" in s.affines:
+            out = replace(out, value_affine=self.affine())
+        if s.logit_scale:
+            out = replace(out, logit_scale=self.number(s.logit_scale, 0.5, 1.5))
+        if s.logit_bias == "gone":
+            out = replace(out, logit_bias=NEG_INF)
+        elif s.logit_bias == "inf":
+            bias = self.number("query", -1.0, 1.0)
+            out = replace(out, logit_bias=bias.masked_fill(self.rand(*bias.shape) < 0.4, NEG_INF))
+        elif s.logit_bias:
+            out = replace(out, logit_bias=self.number(s.logit_bias, -2.0, 2.0))
+        if s.key_bias:
+            bias = 2 * self.rand(s.keys) - 1 if s.key_bias == "shared" else 2 * self.rand(count, s.keys) - 1
+            if s.key_bias == "mask":
+                bias = bias.masked_fill(self.rand(*bias.shape) < 0.4, NEG_INF)
+            out = replace(out, key_bias=bias)
+        if s.blend:
+            own = self.spec.batch, s.keys
+            out = replace(
+                out, own_key=self.features(*own), own_value=self.features(*own), kv_blend=self.number(s.blend, 0.0, 1.0)
+            )
+        return out
+
+    def branch(self, b: BranchSpec) -> Branch:
+        c = self.spec
+        out = Branch(tuple(self.segment(s) for s in b.segments))
+        if b.weight:
+            out = replace(out, weight=0.0 if b.weight == "zero" else self.number(b.weight, -0.5, 1.5))
+        if b.own_query:
+            out = replace(out, query=self.features(c.batch, c.length))
+        if b.query_affine:
+            out = replace(out, query_affine=self.affine())
+        if b.content:
+            out = replace(out, content_query=self.features(c.batch, c.length), gamma=self.number(b.content, 0.0, 1.0))
+        return out
+
+    def call(self) -> tuple[Tensor, tuple[Branch, ...], float | None]:
+        query = self.features(self.spec.batch, self.spec.length)
+        return query, tuple(self.branch(b) for b in self.spec.branches), self.spec.softmax_scale
+
+
+def cast(node: Any, dtype: torch.dtype) -> Any:
+    """A query, a branch or a tuple of them with every floating point tensor in another dtype."""
+    if isinstance(node, Tensor):
+        return node.to(dtype) if node.is_floating_point() else node
+    if isinstance(node, tuple):
+        return tuple(cast(x, dtype) for x in node)
+    if is_dataclass(node) and not isinstance(node, type):
+        return replace(node, **{f.name: cast(getattr(node, f.name), dtype) for f in fields(node)})
+    return node
+
+
+def exact(query: Tensor, branches: Sequence[Branch], softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """The specification in fp64 on the same (rounded) inputs: out and lse."""
+    query, branches = cast(query, torch.float64), cast(tuple(branches), torch.float64)
+    normal, scale = normalize("exact", query, branches, softmax_scale)
+    return reference.attention_forward(query, normal, scale)
+
+
+def eager(query: Tensor, branches: Sequence[Branch], softmax_scale: float | None = None) -> Tensor:
+    """The formula in eager PyTorch, every intermediate in the query's dtype: what an implementation in plain torch loses."""
+    normal, scale = normalize("eager", query, tuple(branches), softmax_scale)
+    normal = cast(normal, query.dtype)
+    total = torch.zeros_like(query)
+    for branch in normal:
+        out, _ = reference.branch_forward(query, branch, scale, query.dtype)
+        total = total + reference.over(branch.weight, 4) * out
+    return total
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Root-mean-square error over root-mean-square value."""
+    difference = (actual.double() - expected.double()).norm()
+    return float(difference / expected.double().norm().clamp_min(1e-30))
+
+
+def rounding(dtype: torch.dtype, expected: Tensor) -> float:
+    """The relative error of rounding the exact result once."""
+    return relative_error(expected.to(dtype), expected)
+
+
+def assert_within_error_budget(
+    actual: Tensor, query: Tensor, branches: Sequence[Branch], softmax_scale: float | None = None
+) -> None:
+    """The error against fp64 is at most twice (the eager formula's error in the same dtype + one rounding of the result).
+
+    Raises:
+        AssertionError: with both errors.
+    """
+    expected, _ = exact(query, branches, softmax_scale)
+    assert actual.shape == expected.shape and actual.dtype == query.dtype, (actual.shape, actual.dtype)
+    assert torch.isfinite(actual).all(), "not finite"
+    error = relative_error(actual, expected)
+    floor = torch.finfo(query.dtype).eps
+    budget = 2 * (relative_error(eager(query, branches, softmax_scale), expected) + max(rounding(query.dtype, expected), floor))
+    assert error <= budget, f"error {error:.2e}, budget {budget:.2e} (eager in {query.dtype}, doubled)"
