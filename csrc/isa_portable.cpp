@@ -1,0 +1,12 @@
+// Any CPU.
+#define STYLEATTN_ISA portable
+#include "vec_portable.h"
+
+#include "kernels.h"
+
+namespace styleattn {
+
+extern const Isa isa_portable;
+const Isa isa_portable{"portable", &portable::kernels_single, &portable::kernels_single, portable::stats};
+
+}  // namespace styleattn
