@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALL := $(PIP) install --no-compile
 RUN := HF_HUB_OFFLINE=1 $(BIN)/
 
 .PHONY: setup demo test quick lint format fuzz bench dist clean
@@ -16,12 +17,12 @@ setup: $(VENV)/.installed
 # torch comes first and alone: the extension is compiled against it, and nothing else may choose its build.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --upgrade pip "setuptools>=77" wheel
-	$(PIP) install "$(TORCH)"
+	$(INSTALL) --upgrade pip "setuptools>=77" wheel
+	$(INSTALL) "$(TORCH)"
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
-	$(PIP) install --no-build-isolation --editable ".[dev]"
+	$(INSTALL) --no-build-isolation --editable ".[dev]"
 	touch $@
 
 demo: setup
