@@ -4,17 +4,14 @@ from importlib import import_module
 from typing import Any
 
 from styleattn.attention import (
-    TokenStats,
-    adain_affine,
     attention,
     decoupled_attention,
     injected_attention,
-    merge,
     shared_attention,
-    token_stats,
 )
 from styleattn.backends import Unsupported, backends
 from styleattn.branch import Affine, Branch, Invalid, Segment
+from styleattn.statistics import TokenStats, adain_affine, merge, token_stats
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,10 @@
-"""Custom ops: schemas, exact fakes (strides too), autograd. The one boundary between Python and every backend.
+"""Custom ops: schemas, exact fakes (strides too), autograd. The one boundary between Python and
+every backend.
 
-A call travels as `query`, the tensors it holds in a fixed order, and two lists that say which are there: one op, whatever the
-number of branches and segments, opaque to torch.compile. The backend is chosen before the boundary and named in the call.
+A call travels as `query`, the tensors it holds in a fixed order, and two lists that say which are
+there: one op, whatever the
+number of branches and segments, opaque to torch.compile. The backend is chosen before the boundary
+and named in the call.
 """
 
 from __future__ import annotations
@@ -16,7 +19,13 @@ from styleattn import backends
 from styleattn.branch import Affine, Branch, Segment
 
 _AFFINE = ("scale", "shift", "center")
-_BRANCH = (("query", False), ("query_affine", True), ("content_query", False), ("gamma", None), ("weight", None))
+_BRANCH = (
+    ("query", False),
+    ("query_affine", True),
+    ("content_query", False),
+    ("gamma", None),
+    ("weight", None),
+)
 _SEGMENT = (
     ("key", False),
     ("value", False),
@@ -45,7 +54,12 @@ def _walk(branches: Sequence[Branch]) -> list[tuple[Path, Any]]:
                 value = getattr(node, field)
                 parts = _AFFINE if is_affine else (None,)
                 for part in parts:
-                    slots.append(((g, i, field, part), value if part is None or value is None else getattr(value, part)))
+                    slots.append(
+                        (
+                            (g, i, field, part),
+                            value if part is None or value is None else getattr(value, part),
+                        )
+                    )
     return slots
 
 
@@ -69,8 +83,11 @@ def pack(branches: Sequence[Branch]) -> tuple[list[Tensor], list[int], list[floa
     return tensors, layout, numbers
 
 
-def unpack(tensors: Sequence[Any], layout: Sequence[int], numbers: Sequence[float]) -> tuple[Branch, ...]:
-    """The call that `pack` packed; `tensors` may hold anything that stands in for them (such as gradients)."""
+def unpack(
+    tensors: Sequence[Any], layout: Sequence[int], numbers: Sequence[float]
+) -> tuple[Branch, ...]:
+    """The call that `pack` packed; `tensors` may hold anything that stands in for them (such as
+    gradients)."""
     flags, floats, items = iter(layout), iter(numbers), iter(tensors)
     counts = []
     for _ in range(next(flags)):
@@ -115,7 +132,8 @@ def attention_op(
     backend: str,
     call: str,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, H, L, D] and lse [G, B, H, L] of a packed call; `backend` "" chooses, `call` names it in errors."""
+    """out [B, H, L, D] and lse [G, B, H, L] of a packed call; `backend` "" chooses, `call` names it
+    in errors."""
     branches = unpack(tensors, layout, numbers)
     name = backends.resolve(call, query, branches, backend or None)
     if query.shape[0] == 0:
@@ -129,7 +147,15 @@ def _empty_lse(query: Tensor, branches: int) -> Tensor:
 
 
 @attention_op.register_fake
-def _attention_fake(query, tensors, layout, numbers, softmax_scale, backend, call):
+def _attention_fake(
+    query: Tensor,
+    tensors: Sequence[Tensor],
+    layout: Sequence[int],
+    numbers: Sequence[float],
+    softmax_scale: float,
+    backend: str,
+    call: str,
+) -> tuple[Tensor, Tensor]:
     return _blhd(query), _empty_lse(query, layout[0])
 
 
@@ -157,7 +183,11 @@ def attention_backward_op(
         if not need:
             results.append(like.new_empty(0))
         else:
-            results.append(torch.zeros_like(like, memory_format=torch.contiguous_format) if grad is None else _dense(grad, like))
+            results.append(
+                torch.zeros_like(like, memory_format=torch.contiguous_format)
+                if grad is None
+                else _dense(grad, like)
+            )
     return results
 
 
@@ -167,7 +197,17 @@ def _dense(grad: Tensor, like: Tensor) -> Tensor:
 
 
 @attention_backward_op.register_fake
-def _attention_backward_fake(grad_out, grad_lse, query, tensors, layout, numbers, softmax_scale, lse, needed):
+def _attention_backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    tensors: Sequence[Tensor],
+    layout: Sequence[int],
+    numbers: Sequence[float],
+    softmax_scale: float,
+    lse: Tensor,
+    needed: Sequence[int],
+) -> list[Tensor]:
     return [
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
         for need, x in zip(needed, (query, *tensors), strict=True)
@@ -184,7 +224,9 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     query, *tensors, lse = ctx.saved_tensors
     layout, numbers, softmax_scale = ctx.call
     needed = [int(x.is_floating_point()) for x in (query, *tensors)]
-    grads = attention_backward_op(grad_out, grad_lse, query, tensors, layout, numbers, softmax_scale, lse, needed)
+    grads = attention_backward_op(
+        grad_out, grad_lse, query, tensors, layout, numbers, softmax_scale, lse, needed
+    )
     found = [g if need else None for g, need in zip(grads, needed, strict=True)]
     return found[0], found[1:], None, None, None, None, None
 
@@ -202,12 +244,15 @@ def attention(
 
 @torch.library.custom_op("styleattn::token_stats", mutates_args=())
 def token_stats_op(x: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
-    """mean and sqrt(unbiased variance + eps) over the tokens of [B, H, N, D], each [B, H, D] in fp32."""
-    return backends.load_stats(backends.resolve_stats("token_stats", x, backend or None)).token_stats_forward(x, eps)
+    """mean and sqrt(unbiased variance + eps) over the tokens of [B, H, N, D], each [B, H, D] in
+    fp32."""
+    return backends.load_stats(
+        backends.resolve_stats("token_stats", x, backend or None)
+    ).token_stats_forward(x, eps)
 
 
 @token_stats_op.register_fake
-def _token_stats_fake(x, eps, backend):
+def _token_stats_fake(x: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     b, h, _, d = x.shape
     return x.new_empty((b, h, d), dtype=dtype), x.new_empty((b, h, d), dtype=dtype)

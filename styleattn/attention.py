@@ -1,25 +1,18 @@
-"""The public operation and its instances: shared, injected and decoupled attention; statistics, affines, merging."""
+"""The public operation and its instances: shared, injected and decoupled attention."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from styleattn import _ops
 from styleattn.branch import Affine, Branch, Invalid, Segment, check_query, describe, normalize
+from styleattn.statistics import TokenStats, adain_affine, token_stats
 
 Number = float | Tensor
-
-
-class TokenStats(NamedTuple):
-    """Per-channel statistics over the tokens: mean and sqrt(unbiased variance + eps), each [B, H, D] fp32."""
-
-    mean: Tensor
-    std: Tensor
 
 
 def attention(
@@ -32,22 +25,27 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over branches of segments: one softmax per branch, branches added with weights.
 
-        out[b,h,i] = sum_g w_g(b,i) * softmax over all keys of g ( alpha_s sigma <Q', K'> + beta_s + keybias_s ) . V'
+        out[b,h,i] = sum_g w_g(b,i) * softmax over the keys of g (logit) . V'
+        logit = alpha_s sigma <Q', K'> + beta_s + keybias_s
         Q' = gamma Q_content + (1 - gamma)(a_q Q + b_q)      K' = a_k K + b_k      V' = a_v V + b_v
 
-    K and V are read where they are: affines are folded, row maps and segments need no copy and no concatenation.
+    K and V are read where they are: affines are folded, row maps and segments need no copy and no
+        concatenation.
 
     Args:
-        query: [B, H, L, D] fp32, fp16 or bf16 (fp64 with backend="reference"); any strides with a contiguous last dim.
-        branches: at least one `Branch`; see there, and `Segment`, for shapes. A query that loses every key of a branch gets zero
-            from it, and an LSE of -inf.
+        query: [B, H, L, D] fp32, fp16 or bf16 (fp64 with backend="reference"); any strides with a
+            contiguous last dim.
+        branches: at least one `Branch`; see there, and `Segment`, for shapes. A query that loses
+            every key of a branch gets zero from it, and an LSE of -inf.
         softmax_scale: sigma; D ** -0.5 if None.
-        return_lse: also return the log-sum-exp of every branch, [branches, B, H, L] fp32, natural logarithm.
-        backend: "reference", "torch", "cpu", "triton", or None for the first that can run the call on the query's device.
+        return_lse: also return the log-sum-exp of every branch, [branches, B, H, L] fp32, natural
+            logarithm.
+        backend: "reference", "torch", "cpu", "triton", or None for the first that can run the call
+            on the query's device.
 
     Returns:
-        out [B, H, L, D] in the query's dtype (over memory laid out [B, L, H, D]), or (out, lse). Softmax, statistics and sums are
-        computed in fp32. Gradients are exact with every backend.
+        out [B, H, L, D] in the query's dtype (over memory laid out [B, L, H, D]), or (out, lse).
+        Softmax, statistics and sums are computed in fp32. Gradients are exact with every backend.
 
     Raises:
         Invalid: the call has no meaning; all reasons at once.
@@ -57,41 +55,21 @@ def attention(
 
 
 def _run(
-    call: str, query: Tensor, branches: Sequence[Branch], softmax_scale: float | None, return_lse: bool, backend: str | None
+    call: str,
+    query: Tensor,
+    branches: Sequence[Branch],
+    softmax_scale: float | None,
+    return_lse: bool,
+    backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     normal, scale = normalize(call, query, branches, softmax_scale)
     out, lse = _ops.attention(query, normal, scale, backend, call)
     return (out, lse) if return_lse else out
 
 
-def token_stats(x: Tensor, *, eps: float = 1e-5, backend: str | None = None) -> TokenStats:
-    """Mean and standard deviation over the tokens: mean_n x, sqrt(var_n x + eps) with the unbiased variance (divisor N - 1).
-
-    Args:
-        x: [B, H, N, D]. Computed in fp32 from centred values: fp16 never overflows, |mean| >> std keeps its digits. N = 1 has
-            variance 0.
-        eps: inside the root.
-
-    Raises:
-        Invalid: not a [B, H, N, D] floating point tensor, or eps not positive.
-    """
-    check_query("token_stats", x)
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps > 0 or not math.isfinite(eps):
-        raise Invalid("token_stats", [f"eps must be a positive number, got {eps!r}"], f"x {describe(x)}")
-    return TokenStats(*_ops.token_stats_op(x, float(eps), backend or ""))
-
-
-def adain_affine(own: TokenStats, reference: TokenStats) -> Affine:
-    """AdaIN as an affine: y = (x - mean_own) / std_own * std_reference + mean_reference, all [B, H, D] fp32.
-
-    Source: Huang & Belongie 2017 (AdaIN), eq. 8; StyleAligned (arXiv 2312.02133), sec. 3.2.
-    """
-    scale = reference.std / own.std
-    return Affine(scale, reference.mean - own.mean * scale, own.mean)
-
-
 def _row_map(call: str, name: str, rows: object, query: Tensor, available: int) -> Tensor:
-    """A row map as an int tensor [B], with every entry in -1..available-1 where it can be read without a device sync."""
+    """A row map as an int tensor [B], with every entry in -1..available-1 where it can be read
+    without a device sync."""
     if isinstance(rows, (list, tuple)):
         rows = torch.tensor(rows)
     reasons = []
@@ -102,25 +80,37 @@ def _row_map(call: str, name: str, rows: object, query: Tensor, available: int) 
     elif rows.device.type == "cpu" and not torch.compiler.is_compiling():
         values = rows.tolist()
         bad = [r for r in values if not -1 <= r < available]
-        chained = [r for r in values if 0 <= r < available and values[r] != r] if name == "reference_rows" and not bad else []
+        chained = (
+            [r for r in values if 0 <= r < available and values[r] != r]
+            if name == "reference_rows" and not bad
+            else []
+        )
         if bad:
             reasons.append(f"{name} has {bad}, rows are 0..{available - 1} (-1: none)")
         if chained:
-            reasons.append(f"{name} has {sorted(set(chained))}, which are not references (a reference's reference is itself)")
+            reasons.append(
+                f"{name} has {sorted(set(chained))}, which are no references: "
+                "a reference's reference is itself"
+            )
     if reasons:
         raise Invalid(call, reasons, f"query {describe(query)}")
     assert isinstance(rows, Tensor)
     return rows
 
 
-def _adain_to_rows(x: Tensor, rows: Tensor, plain: Tensor, eps: float, backend: str | None) -> tuple[Affine, Tensor]:
-    """AdaIN of every row of x to its reference row; the identity, exactly, on `plain` rows. Also the references' means."""
+def _adain_to_rows(
+    x: Tensor, rows: Tensor, plain: Tensor, eps: float, backend: str | None
+) -> tuple[Affine, Tensor]:
+    """AdaIN of every row of x to its reference row; the identity, exactly, on `plain` rows. Also
+    the references' means."""
     own = token_stats(x, eps=eps, backend=backend)
     mean, std = (t.index_select(0, rows) for t in own)
     affine = adain_affine(own, TokenStats(mean, std))
     plain = plain[:, None, None]
     scale = torch.where(plain, torch.ones_like(affine.scale), affine.scale)
-    return Affine(scale, torch.where(plain, torch.zeros_like(affine.shift), affine.shift), own.mean), mean
+    return Affine(
+        scale, torch.where(plain, torch.zeros_like(affine.shift), affine.shift), own.mean
+    ), mean
 
 
 def shared_attention(
@@ -139,38 +129,52 @@ def shared_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """StyleAligned's shared attention: every row attends to its own tokens and to those of its reference row, in one softmax.
+    """StyleAligned's shared attention: every row attends to its own tokens and to those of its
+    reference row, in one softmax.
 
-        out = softmax( sigma [ Q'K'^T , score_scale Q'K_ref^T + score_shift ] ) [ V' ; V_ref ],   X' = AdaIN(X, X_ref)
+        out = softmax( sigma [ Q'K'^T , score_scale Q'K_ref^T + score_shift ] ) [ V' ; V_ref ],   X'
+        = AdaIN(X, X_ref)
 
-    A reference row (its reference is itself) equals plain self-attention under every option, and is computed as such.
+    A reference row (its reference is itself) equals plain self-attention under every option, and is
+    computed as such.
 
     Args:
         query, key, value: [B, H, N, D].
-        reference_rows: int [B], for each row the row that is its reference; -1: none (plain self-attention). On the CPU it is
-            read without a device synchronisation, and checked.
-        adain_queries, adain_keys, adain_values: AdaIN to the reference's statistics over tokens (unbiased variance, eps inside
-            the root), folded.
+        reference_rows: int [B], for each row the row that is its reference; -1: none (plain
+            self-attention). On the CPU it is read without a device synchronisation, and checked.
+        adain_queries, adain_keys, adain_values: AdaIN to the reference's statistics over tokens
+            (unbiased variance, eps inside the root), folded.
         score_scale: multiplies the reference's keys, except for reference rows; scalar or [B].
-        score_shift: added to the reference's logits; scalar or [B]; log 2 for transfer from a picture. -inf removes the sharing.
-        return_lse: also the log-sum-exp [1, B, H, N] of the official formulation (a reference row counts its keys twice).
+        score_shift: added to the reference's logits; scalar or [B]; log 2 for transfer from a
+            picture. -inf removes the sharing.
+        return_lse: also the log-sum-exp [1, B, H, N] of the official formulation (a reference row
+            counts its keys twice).
 
     Raises:
         Invalid, Unsupported: as `attention`.
 
-    Source: Hertz et al., Style Aligned Image Generation via Shared Attention, arXiv 2312.02133, eq. 3 and sec. 3.2.
+    Source: Hertz et al., Style Aligned Image Generation via Shared Attention, arXiv 2312.02133, eq.
+        3 and sec. 3.2.
     """
     check_query("shared_attention", query)
     rows = _row_map("shared_attention", "reference_rows", reference_rows, query, query.shape[0])
     own = torch.arange(len(rows), dtype=rows.dtype, device=rows.device)
     plain = (rows == own) | (rows < 0)
-    device_rows, device_plain = (t.to(query.device, non_blocking=True) for t in (rows.clamp(min=0), plain))
+    device_rows, device_plain = (
+        t.to(query.device, non_blocking=True) for t in (rows.clamp(min=0), plain)
+    )
     for name, x in (("key", key), ("value", value)):
         if not isinstance(x, Tensor) or x.shape != query.shape:
-            raise Invalid("shared_attention", [f"{name} must be like query {list(query.shape)}, got {describe(x)}"], describe(query))
+            raise Invalid(
+                "shared_attention",
+                [f"{name} must be like query {list(query.shape)}, got {describe(x)}"],
+                describe(query),
+            )
 
     def adain(wanted: bool, x: Tensor) -> tuple[Affine | None, Tensor | None]:
-        return _adain_to_rows(x, device_rows, device_plain, eps, backend) if wanted else (None, None)
+        return (
+            _adain_to_rows(x, device_rows, device_plain, eps, backend) if wanted else (None, None)
+        )
 
     query_affine, _ = adain(adain_queries, query)
     key_affine, key_mean = adain(adain_keys, key)
@@ -190,7 +194,12 @@ def shared_attention(
         ),
     )
     result = _run(
-        "shared_attention", query, (Branch(segments, query_affine=query_affine),), softmax_scale, return_lse, backend
+        "shared_attention",
+        query,
+        (Branch(segments, query_affine=query_affine),),
+        softmax_scale,
+        return_lse,
+        backend,
     )
     if not return_lse:
         return result
@@ -217,7 +226,8 @@ def injected_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """StyleID's attention injection: the style's keys and values, part of the content's query, a temperature.
+    """StyleID's attention injection: the style's keys and values, part of the content's query, a
+    temperature.
 
         out = softmax( temperature sigma Q' K^T ) V,   Q' = gamma Q_content + (1 - gamma) Q
         K = kv_blend K_style + (1 - kv_blend) K_own, V likewise, blended on load
@@ -225,7 +235,8 @@ def injected_attention(
     Args:
         query: [B, H, L, D], of the stylised row.
         key, value: [R, H, S, D], the style's; S may differ from L.
-        content_query: [B, H, L, D] or [1, H, L, D]; None leaves the query as it is (and gamma unused).
+        content_query: [B, H, L, D] or [1, H, L, D]; None leaves the query as it is (and gamma
+            unused).
         gamma, temperature, kv_blend: scalar or [B]. The paper: 0.75, 1.5, 1.
         own_key, own_value: [B, H, S, D], needed when kv_blend < 1.
         rows: int [B], the style row that serves each query row; needed unless R is 1 or B.
@@ -236,7 +247,11 @@ def injected_attention(
     Source: Chung et al., Style Injection in Diffusion, CVPR 2024, arXiv 2312.09008, eq. 5-7.
     """
     check_query("injected_attention", query)
-    if isinstance(content_query, Tensor) and content_query.ndim == 4 and content_query.shape[0] == 1:
+    if (
+        isinstance(content_query, Tensor)
+        and content_query.ndim == 4
+        and content_query.shape[0] == 1
+    ):
         content_query = content_query.expand(query.shape[0], -1, -1, -1)
     if isinstance(rows, (list, tuple)):
         rows = torch.tensor(rows)
@@ -250,7 +265,9 @@ def injected_attention(
         own_value=own_value,
         kv_blend=kv_blend,
     )
-    branch = Branch((segment,), content_query=content_query, gamma=0.0 if content_query is None else gamma)
+    branch = Branch(
+        (segment,), content_query=content_query, gamma=0.0 if content_query is None else gamma
+    )
     return _run("injected_attention", query, (branch,), softmax_scale, return_lse, backend)
 
 
@@ -267,7 +284,8 @@ def decoupled_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Decoupled cross-attention (IP-Adapter, CSGO): text and every image prompt, each with its own softmax, in one call.
+    """Decoupled cross-attention (IP-Adapter, CSGO): text and every image prompt, each with its own
+    softmax, in one call.
 
         out = Attn(Q, K, V) + sum_n weight_n mask_n Attn(Q, K_n, V_n)
 
@@ -275,7 +293,8 @@ def decoupled_attention(
         query: [B, H, L, D]. key, value: [R, H, S, D], the text's.
         image_prompts: pairs (key, value), each [R_n, H, S_n, D].
         weights: one number for all, or one per prompt; each a scalar, [B] or [B, L].
-        masks: one per prompt or None; [L], [1, L] or [B, L], multiplying its weight (they may leave [0, 1]).
+        masks: one per prompt or None; [L], [1, L] or [B, L], multiplying its weight (they may leave
+            [0, 1]).
         key_bias: [S] or [R, S], additive on the text's logits; -inf masks padding.
 
     Raises:
@@ -286,8 +305,9 @@ def decoupled_attention(
     check_query("decoupled_attention", query)
     batch, _, length, _ = query.shape
     prompts = list(image_prompts)
-    per_prompt = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(prompts)
-    per_mask = [None] * len(prompts) if masks is None else list(masks)
+    many = isinstance(weights, (list, tuple))
+    per_prompt: list[Any] = list(weights) if many else [weights] * len(prompts)  # type: ignore[arg-type]
+    per_mask: list[Tensor | None] = [None] * len(prompts) if masks is None else list(masks)
     reasons = [
         f"{name} must have one entry per image prompt ({len(prompts)}), got {len(entries)}"
         for name, entries in (("weights", per_prompt), ("masks", per_mask))
@@ -299,8 +319,14 @@ def decoupled_attention(
         if not isinstance(pair, (tuple, list)) or len(pair) != 2
     ]
     for n, mask in enumerate(per_mask):
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape not in ((length,), (1, length), (batch, length))):
-            reasons.append(f"masks[{n}] must be [{length}], [1, {length}] or [{batch}, {length}], got {describe(mask)}")
+        if mask is not None and (
+            not isinstance(mask, Tensor)
+            or mask.shape not in ((length,), (1, length), (batch, length))
+        ):
+            reasons.append(
+                f"masks[{n}] must be [{length}], [1, {length}] or [{batch}, {length}], "
+                f"got {describe(mask)}"
+            )
     if reasons:
         raise Invalid("decoupled_attention", reasons, f"query {describe(query)}")
     branches = [Branch((Segment(key, value, key_bias=key_bias),))]
@@ -316,40 +342,3 @@ def _masked(weight: Number, mask: Tensor | None, batch: int, length: int) -> Num
     if isinstance(weight, Tensor) and weight.ndim == 1:
         weight = weight[:, None]
     return (weight * mask).expand(batch, length)
-
-
-def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Exact merge of partial attentions over disjoint sets of keys (ring or context parallel, caches).
-
-        lse = log sum_i exp(lse_i)        out = sum_i exp(lse_i - lse) out_i
-
-    Args:
-        outputs: each [..., L, D], alike. lses: each [..., L], natural logarithm; -inf where a part saw no key.
-
-    Returns:
-        (out in the outputs' dtype, lse in fp32). Differentiable. Where every part saw no key: 0 and -inf.
-
-    Raises:
-        Invalid: no parts, or shapes that do not belong together.
-    """
-    outputs, lses = list(outputs), list(lses)
-    inputs = ", ".join(describe(t) for t in (*outputs, *lses))
-    if not outputs or len(outputs) != len(lses):
-        raise Invalid("merge", [f"needs as many outputs as lses, at least one; got {len(outputs)} and {len(lses)}"], inputs)
-    reasons = [
-        f"part {i}: output {describe(o)} and lse {describe(lse)} do not belong to output 0 {describe(outputs[0])}"
-        for i, (o, lse) in enumerate(zip(outputs, lses, strict=True))
-        if not isinstance(o, Tensor) or not isinstance(lse, Tensor) or o.shape != outputs[0].shape or lse.shape != o.shape[:-1]
-    ]
-    if reasons:
-        raise Invalid("merge", reasons, inputs)
-    dtype = torch.float64 if outputs[0].dtype == torch.float64 else torch.float32
-    stacked = torch.stack([lse.to(dtype) for lse in lses])
-    lse = torch.logsumexp(stacked, 0)
-    dead = lse == float("-inf")
-    shares = torch.exp(stacked - torch.where(dead, 0.0, lse))
-    total = torch.zeros((), dtype=dtype, device=lse.device)
-    for o, share in zip(outputs, shares, strict=True):
-        share = share.unsqueeze(-1)
-        total = total + torch.where(share == 0, 0.0, o.to(dtype) * share)
-    return total.to(outputs[0].dtype), lse

@@ -45,7 +45,8 @@ class BackendStatus:
 
 
 class Backends(tuple[BackendStatus, ...]):
-    """The table `backends()` returns; prints itself, and answers `"cpu" in backends()` for what is available."""
+    """The table `backends()` returns; prints itself, and answers `"cpu" in backends()` for what is
+    available."""
 
     def __str__(self) -> str:
         return "\n".join(str(row) for row in self)
@@ -53,7 +54,7 @@ class Backends(tuple[BackendStatus, ...]):
     def __contains__(self, name: object) -> bool:
         return any(row.available and row.name == name for row in self)
 
-    def __getitem__(self, name):  # type: ignore[no-untyped-def, override]
+    def __getitem__(self, name):  # type: ignore[no-untyped-def]
         if isinstance(name, str):
             return {row.name: row for row in self}[name]
         return super().__getitem__(name)
@@ -91,7 +92,9 @@ def reasons_against(name: str, query: Tensor, branches: tuple[Branch, ...]) -> l
 
 def _valid(name: str, call: str) -> str:
     if name not in MODULES:
-        raise ValueError(f"{call}: backend must be one of {', '.join(MODULES)} or None, got {name!r}")
+        raise ValueError(
+            f"{call}: backend must be one of {', '.join(MODULES)} or None, got {name!r}"
+        )
     return name
 
 
@@ -103,10 +106,12 @@ def _asked(backend: str | None, call: str) -> str | None:
 
 
 def resolve(call: str, query: Tensor, branches: tuple[Branch, ...], backend: str | None) -> str:
-    """The backend that runs the call: the one asked for, else the first of the device's order that can.
+    """The backend that runs the call: the one asked for, else the first of the device's order that
+    can.
 
     Raises:
-        Unsupported: the asked backend cannot run the call; the message lists all reasons and the shapes.
+        Unsupported: the asked backend cannot run the call; the message lists all reasons and the
+            shapes.
     """
     asked = _asked(backend, call)
     order = (asked,) if asked else PREFERENCE.get(query.device.type, ("torch", "reference"))
@@ -115,9 +120,12 @@ def resolve(call: str, query: Tensor, branches: tuple[Branch, ...], backend: str
         found[name] = reasons_against(name, query, branches)
         if not found[name]:
             return name
-    lines = "".join(f"\n    {name}: {reason}" for name, reasons in found.items() for reason in reasons)
+    lines = "".join(
+        f"\n    {name}: {reason}" for name, reasons in found.items() for reason in reasons
+    )
     raise Unsupported(
-        f"{call}: backend {asked!r} cannot run the call:{lines}\n  inputs: {describe_call(query, branches)}\n"
+        f"{call}: backend {asked!r} cannot run the call:{lines}\n"
+        f"  inputs: {describe_call(query, branches)}\n"
         "  pass backend='reference' to run it in eager PyTorch"
     )
 
@@ -125,12 +133,16 @@ def resolve(call: str, query: Tensor, branches: tuple[Branch, ...], backend: str
 def resolve_stats(call: str, x: Tensor, backend: str | None) -> str:
     """The backend that computes token statistics of x."""
     asked = _asked(backend, call)
-    order: Sequence[str] = (asked,) if asked else PREFERENCE.get(x.device.type, ("torch", "reference"))
+    order: Sequence[str] = (
+        (asked,) if asked else PREFERENCE.get(x.device.type, ("torch", "reference"))
+    )
     for name in order:
         if not reasons_against(name, x, ()):
             return name
     reasons = "; ".join(reasons_against(order[0], x, ()))
-    raise Unsupported(f"{call}: backend {asked!r} cannot run the call: {reasons}; inputs: {describe(x)}")
+    raise Unsupported(
+        f"{call}: backend {asked!r} cannot run the call: {reasons}; inputs: {describe(x)}"
+    )
 
 
 def _detail(name: str) -> tuple[bool, str]:
@@ -141,14 +153,19 @@ def _detail(name: str) -> tuple[bool, str]:
     if name == "reference":
         return True, "eager PyTorch, any device, up to float64"
     if name == "torch":
-        return True, f"library attention of PyTorch {torch.__version__}, cpu" + (" and cuda" if torch.cuda.is_available() else "")
+        return True, f"library attention of PyTorch {torch.__version__}, cpu" + (
+            " and cuda" if torch.cuda.is_available() else ""
+        )
     if name == "cpu":
         return True, f"C++, {load('cpu').isa()}"
     probe = torch.empty(1, 1, 1, 16, device="cuda" if torch.cuda.is_available() else "cpu")
     reasons = load(name).unsupported_reasons(probe, ())
-    return not reasons, "; ".join(reasons) or f"Triton on {torch.cuda.get_device_name() if probe.is_cuda else 'the interpreter'}"
+    return not reasons, "; ".join(
+        reasons
+    ) or f"Triton on {torch.cuda.get_device_name() if probe.is_cuda else 'the interpreter'}"
 
 
 def backends() -> Backends:
-    """What can run here, and every reason why the others cannot. Prints as a table; `"cpu" in styleattn.backends()`."""
+    """What can run here, and every reason why the others cannot. Prints as a table; `"cpu" in
+    styleattn.backends()`."""
     return Backends(BackendStatus(name, *_detail(name)) for name in MODULES)

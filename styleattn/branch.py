@@ -1,11 +1,13 @@
-"""The vocabulary of the one operation: affines, segments and branches, and what makes them meaningful.
+"""The vocabulary of the one operation: affines, segments and branches, and what makes them
+meaningful.
 
     out[b,h,i] = sum over branches g of  w_g(b,i) * softmax over all keys of the branch (logit) . V'
-    logit      = alpha_s(b) * sigma * <Q'_g[b,h,i], K'_s[rows_s(b),h,j]> + beta_s(b,i) + keybias_s[j]
-    Q' = gamma * Q_content + (1 - gamma) * (a_q * Q + b_q)
+    logit      = alpha_s(b) * sigma * <Q'_g[b,h,i], K'_s[rows_s(b),h,j]> + beta_s(b,i) +
+    keybias_s[j] Q' = gamma * Q_content + (1 - gamma) * (a_q * Q + b_q)
     K' = a_k * (lam * K + (1 - lam) * K_own) + b_k          V' likewise
 
-This module validates meaning, once, for every backend. What a backend cannot run is the backend's to say.
+This module validates meaning, once, for every backend. What a backend cannot run is the backend's
+to say.
 """
 
 from __future__ import annotations
@@ -24,14 +26,16 @@ _MATH_DTYPES = {torch.float64: torch.float64}
 
 @dataclass(frozen=True)
 class Affine:
-    """A per-channel map ``y = scale * x + shift``, folded into the attention instead of being materialised.
+    """A per-channel map ``y = scale * x + shift``, folded into the attention instead of being
+    materialised.
 
     Args:
         scale: [B, H, D] fp32, one row per *query* row (also for keys and values that rows share).
         shift: [B, H, D] fp32.
-        center: optional [B, H, D] fp32, the channel means of the tensor the affine applies to. It changes no result in
-            exact arithmetic; backends use it so that rounding errors of a folded half-precision query multiply centred
-            keys only.
+        center: optional [B, H, D] fp32, the channel means of the tensor the affine applies to. It
+            changes no result in
+            exact arithmetic; backends use it so that rounding errors of a folded half-precision
+            query multiply centred keys only.
     """
 
     scale: Tensor
@@ -45,14 +49,19 @@ class Segment:
 
     Args:
         key, value: [R, H, S, D].
-        rows: int [B], the row of key/value that serves query row b; -1 removes the segment for that row. None: row b
-            itself, or row 0 where R == 1. May live on the CPU (planned without synchronisation) or on the device.
+        rows: int [B], the row of key/value that serves query row b; -1 removes the segment for that
+            row. None: row b
+            itself, or row 0 where R == 1. May live on the CPU (planned without synchronisation) or
+            on the device.
         key_affine, value_affine: folded maps of K and V, indexed by query row.
         logit_scale: alpha, scalar or [B]; multiplies the softmax scale.
-        logit_bias: beta, scalar, [B] or [B, L]; -inf removes the segment (for that row, that query).
+        logit_bias: beta, scalar, [B] or [B, L]; -inf removes the segment (for that row, that
+            query).
         key_bias: [S] or [R, S], additive; -inf masks padding.
-        null_keys: number of further keys with logit 0 and value 0 (they see neither scale, bias nor affine).
-        own_key, own_value: [B, H, S, D], the row's own K/V for a blend on load: K = lam * key[rows] + (1 - lam) * own_key.
+        null_keys: number of further keys with logit 0 and value 0 (they see neither scale, bias nor
+            affine).
+        own_key, own_value: [B, H, S, D], the row's own K/V for a blend on load: K = lam * key[rows]
+            + (1 - lam) * own_key.
         kv_blend: lam, scalar or [B]; needs own_key and own_value.
     """
 
@@ -79,7 +88,8 @@ class Branch:
         weight: w, scalar, [B] or [B, L] (a spatial mask).
         query: another query [B, H, L, D] for this branch (FLUX IP-Adapter: before RoPE).
         query_affine: folded map of Q.
-        content_query: Q_content [B, H, L, D] of the blend Q' = gamma * Q_content + (1 - gamma) * (a_q * Q + b_q).
+        content_query: Q_content [B, H, L, D] of the blend Q' = gamma * Q_content + (1 - gamma) *
+            (a_q * Q + b_q).
         gamma: share of the content query, scalar or [B]; needs content_query.
     """
 
@@ -119,7 +129,8 @@ class Invalid(ValueError):
 
 
 class _Checker:
-    """Collects every reason why a call is meaningless, while it brings the call to its normal form."""
+    """Collects every reason why a call is meaningless, while it brings the call to its normal
+    form."""
 
     def __init__(self, query: Tensor):
         self.query = query
@@ -132,7 +143,9 @@ class _Checker:
             self.reasons.append(f"{name} must be a tensor, got a {type(x).__name__}")
             return False
         want = "[" + ", ".join("*" if n is None else str(n) for n in shape) + "]"
-        if x.ndim != len(shape) or any(n is not None and n != m for n, m in zip(shape, x.shape, strict=True)):
+        if x.ndim != len(shape) or any(
+            n is not None and n != m for n, m in zip(shape, x.shape, strict=True)
+        ):
             self.reasons.append(f"{name} must be {want}, got {list(x.shape)}")
             return False
         return True
@@ -148,11 +161,14 @@ class _Checker:
         if x.device != self.query.device:
             self.reasons.append(f"{name} is on {x.device}, query is on {self.query.device}")
         if x.stride(-1) != 1 and x.shape[-1] > 1:
-            self.reasons.append(f"{name} needs a contiguous last dim, has strides {tuple(x.stride())}")
+            self.reasons.append(
+                f"{name} needs a contiguous last dim, has strides {tuple(x.stride())}"
+            )
         return len(self.reasons) == before
 
     def number(self, name: str, x: object, *, per_query: bool = False) -> float | Tensor:
-        """A scalar stays a float; a 0-dim, [B] or (where allowed) [B, L] tensor becomes [B] or [B, L] in the math dtype."""
+        """A scalar stays a float; a 0-dim, [B] or (where allowed) [B, L] tensor becomes [B] or [B,
+        L] in the math dtype."""
         if isinstance(x, bool) or not isinstance(x, (int, float, Tensor)):
             self.reasons.append(f"{name} must be a number or a tensor, got a {type(x).__name__}")
             return 0.0
@@ -182,8 +198,13 @@ class _Checker:
         for part, t in parts.items():
             if t is None and part == "center":
                 continue
-            if self.tensor(f"{name}.{part}", t, shape) and t.device != self.query.device:
-                self.reasons.append(f"{name}.{part} is on {t.device}, query is on {self.query.device}")
+            if not self.tensor(f"{name}.{part}", t, shape):
+                continue
+            assert isinstance(t, Tensor)
+            if t.device != self.query.device:
+                self.reasons.append(
+                    f"{name}.{part} is on {t.device}, query is on {self.query.device}"
+                )
         if self.reasons:
             return x
         return Affine(*(None if t is None else t.to(self.math) for t in parts.values()))  # type: ignore[arg-type]
@@ -191,7 +212,9 @@ class _Checker:
     def rows(self, name: str, rows: object, available: int) -> Tensor | None:
         if rows is None:
             if available not in (1, self.batch):
-                self.reasons.append(f"{name}.rows is needed: {available} key rows for {self.batch} query rows")
+                self.reasons.append(
+                    f"{name}.rows is needed: {available} key rows for {self.batch} query rows"
+                )
             return None
         if not self.tensor(f"{name}.rows", rows, (self.batch,)):
             return None
@@ -202,7 +225,9 @@ class _Checker:
         if rows.device.type == "cpu" and not torch.compiler.is_compiling() and type(rows) is Tensor:
             bad = [r for r in rows.tolist() if not -1 <= r < available]
             if bad:
-                self.reasons.append(f"{name}.rows has {bad}, the segment has rows 0..{available - 1} (-1: removed)")
+                self.reasons.append(
+                    f"{name}.rows has {bad}, the segment has rows 0..{available - 1} (-1: removed)"
+                )
         return rows
 
 
@@ -211,7 +236,8 @@ def _segment(check: _Checker, name: str, s: object) -> Segment | None:
         check.reasons.append(f"{name} must be a Segment, got a {type(s).__name__}")
         return None
     b, h, d = check.batch, check.heads, check.dim
-    if not check.feature(f"{name}.key", s.key, (None, h, None, d)):
+    check.feature(f"{name}.key", s.key, (None, h, None, d))
+    if not isinstance(s.key, Tensor) or s.key.ndim != 4:
         return None
     r, _, length, _ = s.key.shape
     check.feature(f"{name}.value", s.value, (r, h, length, d))
@@ -224,11 +250,17 @@ def _segment(check: _Checker, name: str, s: object) -> Segment | None:
     if key_bias is not None:
         ok = isinstance(key_bias, Tensor) and tuple(key_bias.shape) in ((length,), (r, length))
         if not ok:
-            check.reasons.append(f"{name}.key_bias must be [{length}] or [{r}, {length}], got {describe(key_bias)}")
+            check.reasons.append(
+                f"{name}.key_bias must be [{length}] or [{r}, {length}], got {describe(key_bias)}"
+            )
         elif key_bias.device != check.query.device:
-            check.reasons.append(f"{name}.key_bias is on {key_bias.device}, query is on {check.query.device}")
+            check.reasons.append(
+                f"{name}.key_bias is on {key_bias.device}, query is on {check.query.device}"
+            )
         elif not key_bias.is_floating_point():
-            check.reasons.append(f"{name}.key_bias is additive and must be floating point, got {key_bias.dtype}")
+            check.reasons.append(
+                f"{name}.key_bias is additive and must be floating point, got {key_bias.dtype}"
+            )
         else:
             key_bias = key_bias.to(check.math)
     own = (s.own_key is None, s.own_value is None)
@@ -267,7 +299,9 @@ def _branch(check: _Checker, name: str, branch: object) -> Branch | None:
         check.feature(f"{name}.content_query", branch.content_query, shape)
     elif isinstance(gamma, Tensor) or gamma != 0.0:
         check.reasons.append(f"{name}.gamma needs content_query")
-    segments = tuple(_segment(check, f"{name}.segments[{i}]", s) for i, s in enumerate(branch.segments))
+    segments = tuple(
+        _segment(check, f"{name}.segments[{i}]", s) for i, s in enumerate(branch.segments)
+    )
     return replace(
         branch,
         segments=segments,  # type: ignore[arg-type]
@@ -278,7 +312,8 @@ def _branch(check: _Checker, name: str, branch: object) -> Branch | None:
 
 
 def check_query(call: str, query: object) -> Tensor:
-    """The query of a call, or Invalid: [B, H, L, D], floating point, contiguous last dim, nothing empty."""
+    """The query of a call, or Invalid: [B, H, L, D], floating point, contiguous last dim, nothing
+    empty."""
     reasons = []
     if not isinstance(query, Tensor):
         reasons.append(f"query must be a tensor, got a {type(query).__name__}")
@@ -286,24 +321,32 @@ def check_query(call: str, query: object) -> Tensor:
         reasons.append(f"query must be [batch, heads, length, head_dim], got {list(query.shape)}")
     else:
         if query.dtype not in _DTYPES:
-            reasons.append(f"query must be float32, float16 or bfloat16 (float64 with 'reference'), got {query.dtype}")
+            reasons.append(
+                f"query must be float32, float16, bfloat16 (or float64), got {query.dtype}"
+            )
         if 0 in query.shape[1:]:
             reasons.append(f"query is empty: {list(query.shape)}")
         if query.shape[-1] > MAX_HEAD_DIM:
             reasons.append(f"head_dim is {query.shape[-1]} (at most {MAX_HEAD_DIM})")
         if query.stride(-1) != 1 and query.shape[-1] > 1:
-            reasons.append(f"query needs a contiguous last dim, has strides {tuple(query.stride())}")
+            reasons.append(
+                f"query needs a contiguous last dim, has strides {tuple(query.stride())}"
+            )
     if reasons:
         raise Invalid(call, reasons, f"query {describe(query)}")
     assert isinstance(query, Tensor)
     return query
 
 
-def normalize(call: str, query: Tensor, branches: Sequence[Branch], softmax_scale: float | None) -> tuple[tuple[Branch, ...], float]:
+def normalize(
+    call: str, query: Tensor, branches: Sequence[Branch], softmax_scale: float | None
+) -> tuple[tuple[Branch, ...], float]:
     """Check the meaning of a call and bring it to the form every backend takes.
 
-    After it: numbers are Python floats or tensors ([B], or [B, L] for bias and weight) in fp32 (fp64 for an fp64 query) on
-    the query's device; affines and key biases are in that dtype too; rows are None or int [B]; the scale is a float.
+    After it: numbers are Python floats or tensors ([B], or [B, L] for bias and weight) in fp32
+        (fp64 for an fp64 query) on
+    the query's device; affines and key biases are in that dtype too; rows are None or int [B]; the
+    scale is a float.
 
     Raises:
         Invalid: with every reason at once.
@@ -313,7 +356,9 @@ def normalize(call: str, query: Tensor, branches: Sequence[Branch], softmax_scal
     if isinstance(branches, Branch):
         branches = (branches,)
     if not isinstance(branches, (tuple, list)) or not branches:
-        raise Invalid(call, ["branches must be a non-empty sequence of Branch"], describe_call(query, ()))
+        raise Invalid(
+            call, ["branches must be a non-empty sequence of Branch"], describe_call(query, ())
+        )
     normal = tuple(_branch(check, f"branches[{g}]", branch) for g, branch in enumerate(branches))
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):

@@ -1,8 +1,11 @@
-"""Exact gradients of the operation for every backend: the probabilities recomputed from the saved LSE, a block of queries at a time.
+"""Exact gradients of the operation for every backend: the probabilities recomputed from the saved
+LSE, a block of queries at a time.
 
 With P = exp(logit - lse), o = P V', G = w dO and D = <G, o> - dlse:
-    dV' = P^T G        dlogit = P * (G V'^T - D)        dQ' = alpha sigma dlogit K'        dK' = alpha sigma dlogit^T Q'
-and the chain through affines, blends, row maps and numbers. Memory: one block of logits, at most `BLOCK_ELEMENTS`.
+    dV' = P^T G        dlogit = P * (G V'^T - D)        dQ' = alpha sigma dlogit K'        dK' =
+    alpha sigma dlogit^T Q'
+and the chain through affines, blends, row maps and numbers. Memory: one block of logits, at most
+`BLOCK_ELEMENTS`.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ class _Affine:
         a = self.affine
         return x if a is None else a.scale[:, :, None] * x + a.shift[:, :, None]
 
-    def backward(self, grad: Tensor, x: Tensor, grads: dict[Any, Tensor], path: tuple[Any, ...]) -> Tensor:
+    def backward(
+        self, grad: Tensor, x: Tensor, grads: dict[Any, Tensor], path: tuple[Any, ...]
+    ) -> Tensor:
         if self.affine is None:
             return grad
         for part, value in (("scale", (grad * x).sum(2)), ("shift", grad.sum(2))):
@@ -69,7 +74,11 @@ class _Keys:
         if self.rows is None:
             return x.expand(self.batch, *x.shape[1:])
         live = (self.rows >= 0).reshape(-1, 1, 1, 1)
-        return torch.where(live, x.index_select(0, self.rows.clamp(min=0)), torch.zeros((), dtype=x.dtype, device=x.device))
+        return torch.where(
+            live,
+            x.index_select(0, self.rows.clamp(min=0)),
+            torch.zeros((), dtype=x.dtype, device=x.device),
+        )
 
     def finish(self, g: int, i: int, grads: dict[Any, Tensor]) -> None:
         grad = self.map.backward(self.grad, self.mixed, grads, (g, i, f"{self.which}_affine"))
@@ -84,7 +93,9 @@ class _Keys:
             result = grad if self.source.shape[0] == self.batch else grad.sum(0, keepdim=True)
         else:
             live = (self.rows >= 0).reshape(-1, 1, 1, 1)
-            result = grad.new_zeros(self.source.shape).index_add(0, self.rows.clamp(min=0), torch.where(live, grad, 0.0))
+            result = grad.new_zeros(self.source.shape).index_add(
+                0, self.rows.clamp(min=0), torch.where(live, grad, 0.0)
+            )
         grads[(g, i, self.which, None)] = result
 
 
@@ -99,7 +110,9 @@ class _SegmentGrad:
         self.key_bias: Tensor | None = None
         if s.key_bias is not None:
             full = s.key_bias if s.key_bias.ndim == 2 else s.key_bias[None]
-            self.key_bias = self.k._gather(full[:, None, None]) if full.shape[0] > 1 else full[:, None, None]
+            self.key_bias = (
+                self.k._gather(full[:, None, None]) if full.shape[0] > 1 else full[:, None, None]
+            )
             self.key_bias_grad = s.key_bias.new_zeros(batch, s.key_bias.shape[-1])
         self.scale_grad = query.new_zeros(batch, dtype=dtype)
         self.bias_grad = query.new_zeros(batch, length, dtype=dtype)
@@ -110,7 +123,9 @@ class _SegmentGrad:
         if self.key_bias is not None:
             beta = beta + self.key_bias
         if self.k.rows is not None:
-            beta = torch.where((self.k.rows < 0).reshape(-1, 1, 1, 1), NEG_INF, torch.as_tensor(beta))
+            beta = torch.where(
+                (self.k.rows < 0).reshape(-1, 1, 1, 1), NEG_INF, torch.as_tensor(beta)
+            )
         return beta
 
     def probabilities(self, q: Tensor, block: slice, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +136,9 @@ class _SegmentGrad:
         lse = torch.where(lse == NEG_INF, 0.0, lse).unsqueeze(-1)
         return torch.exp(logits - lse), raw
 
-    def accumulate(self, q: Tensor, block: slice, p: Tensor, raw: Tensor, upstream: Tensor, delta: Tensor) -> Tensor:
+    def accumulate(
+        self, q: Tensor, block: slice, p: Tensor, raw: Tensor, upstream: Tensor, delta: Tensor
+    ) -> Tensor:
         """Add the block's gradients; returns its dQ'."""
         self.v.grad += p.transpose(-1, -2) @ upstream
         d = p * (upstream @ self.v.value.transpose(-1, -2) - delta.unsqueeze(-1))
@@ -140,7 +157,9 @@ class _SegmentGrad:
         if isinstance(s.logit_scale, Tensor):
             grads[(g, i, "logit_scale", None)] = self.scale_grad
         if isinstance(s.logit_bias, Tensor):
-            grads[(g, i, "logit_bias", None)] = self.bias_grad if s.logit_bias.ndim == 2 else self.bias_grad.sum(1)
+            grads[(g, i, "logit_bias", None)] = (
+                self.bias_grad if s.logit_bias.ndim == 2 else self.bias_grad.sum(1)
+            )
         if s.key_bias is not None:
             grad = self.key_bias_grad
             if s.key_bias.ndim == 1:
@@ -153,7 +172,14 @@ class _SegmentGrad:
 
 
 def _branch_gradients(
-    g: int, branch: Branch, query: Tensor, grad_out: Tensor, grad_lse: Tensor, lse: Tensor, scale: float, grads: dict[Any, Tensor]
+    g: int,
+    branch: Branch,
+    query: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    lse: Tensor,
+    scale: float,
+    grads: dict[Any, Tensor],
 ) -> Tensor:
     """Gradients of one branch into `grads`; returns that of the call's query."""
     dtype = lse.dtype
@@ -179,12 +205,15 @@ def _branch_gradients(
         weight_grad[:, block] = (dout * out).sum((1, 3))
         delta = (upstream * out).sum(-1) - grad_lse[:, :, block]
         q_grad[:, :, block] = sum(
-            s.accumulate(qb, block, p, raw, upstream, delta) for s, (p, raw) in zip(segments, parts, strict=True)
+            s.accumulate(qb, block, p, raw, upstream, delta)
+            for s, (p, raw) in zip(segments, parts, strict=True)
         )
     for s in segments:
         s.finish(grads)
     if isinstance(branch.weight, Tensor):
-        grads[(g, None, "weight", None)] = weight_grad if branch.weight.ndim == 2 else weight_grad.sum(1)
+        grads[(g, None, "weight", None)] = (
+            weight_grad if branch.weight.ndim == 2 else weight_grad.sum(1)
+        )
     if content is not None:
         grads[(g, None, "content_query", None)] = gamma * q_grad
         if isinstance(branch.gamma, Tensor):
@@ -198,12 +227,20 @@ def _branch_gradients(
 
 
 def attention_gradients(
-    grad_out: Tensor, grad_lse: Tensor, query: Tensor, branches: tuple[Branch, ...], softmax_scale: float, lse: Tensor
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    branches: tuple[Branch, ...],
+    softmax_scale: float,
+    lse: Tensor,
 ) -> tuple[Tensor, dict[Any, Tensor]]:
-    """Gradients of the query, and of the call's tensors by (branch, segment or None, field, affine part or None)."""
+    """Gradients of the query, and of the call's tensors by (branch, segment or None, field, affine
+    part or None)."""
     grads: dict[Any, Tensor] = {}
     total = torch.zeros(query.shape, dtype=lse.dtype, device=query.device)
     if query.shape[0]:
         for g, branch in enumerate(branches):
-            total += _branch_gradients(g, branch, query, grad_out, grad_lse[g], lse[g], softmax_scale, grads)
+            total += _branch_gradients(
+                g, branch, query, grad_out, grad_lse[g], lse[g], softmax_scale, grads
+            )
     return total, grads

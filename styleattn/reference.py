@@ -1,4 +1,5 @@
-"""The specification: the operation of `branch.py` written out in eager PyTorch, logits materialised, fp64-capable.
+"""The specification: the operation of `branch.py` written out in eager PyTorch, logits
+materialised, fp64-capable.
 
 Slow and memory-hungry on purpose. Every other backend is tested against it; none imports it.
 """
@@ -46,7 +47,9 @@ def _gather(x: Tensor, rows: Tensor | None, batch: int) -> Tensor:
         return x.expand(batch, *x.shape[1:])
     rows = rows.to(x.device)
     picked = x.index_select(0, rows.clamp(min=0))
-    return torch.where((rows >= 0).reshape(-1, 1, 1, 1), picked, torch.zeros((), dtype=x.dtype, device=x.device))
+    return torch.where(
+        (rows >= 0).reshape(-1, 1, 1, 1), picked, torch.zeros((), dtype=x.dtype, device=x.device)
+    )
 
 
 def _keys_and_values(s: Segment, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -60,7 +63,8 @@ def _keys_and_values(s: Segment, batch: int, dtype: torch.dtype) -> tuple[Tensor
 
 
 def _logits(q: Tensor, k: Tensor, s: Segment, softmax_scale: float) -> Tensor:
-    """alpha * sigma * <Q', K'> + beta + keybias, [B, H, L, S]; -inf where the segment or the key is removed."""
+    """alpha * sigma * <Q', K'> + beta + keybias, [B, H, L, S]; -inf where the segment or the key is
+    removed."""
     logits = over(s.logit_scale, 4) * (softmax_scale * (q @ k.transpose(-1, -2)))
     beta = over(s.logit_bias, 4)
     if not isinstance(beta, Tensor):
@@ -74,7 +78,9 @@ def _logits(q: Tensor, k: Tensor, s: Segment, softmax_scale: float) -> Tensor:
     return torch.where(beta == NEG_INF, NEG_INF, logits + beta)
 
 
-def branch_forward(query: Tensor, branch: Branch, softmax_scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def branch_forward(
+    query: Tensor, branch: Branch, softmax_scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """One softmax: its output [B, H, L, D] and log-sum-exp [B, H, L]."""
     q = _effective_query(query, branch, dtype)
     batch, heads, length, dim = q.shape
@@ -92,8 +98,11 @@ def branch_forward(query: Tensor, branch: Branch, softmax_scale: float, dtype: t
     return p @ torch.cat(values, -2), lse
 
 
-def attention_forward(query: Tensor, branches: tuple[Branch, ...], softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """The whole operation: out [B, H, L, D] in the query's dtype, lse [G, B, H, L] in fp32 (fp64 for fp64)."""
+def attention_forward(
+    query: Tensor, branches: tuple[Branch, ...], softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """The whole operation: out [B, H, L, D] in the query's dtype, lse [G, B, H, L] in fp32 (fp64
+    for fp64)."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, heads, length, dim = query.shape
     total = torch.zeros(batch, length, heads, dim, dtype=dtype, device=query.device).transpose(1, 2)
@@ -107,7 +116,8 @@ def attention_forward(query: Tensor, branches: tuple[Branch, ...], softmax_scale
 
 
 def token_stats_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and sqrt(unbiased variance + eps) over the tokens of [B, H, N, D], in fp32 (fp64 for fp64)."""
+    """Mean and sqrt(unbiased variance + eps) over the tokens of [B, H, N, D], in fp32 (fp64 for
+    fp64)."""
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     mean = x.mean(-2)
     square = (x - mean[:, :, None]).square().sum(-2)

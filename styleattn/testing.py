@@ -1,7 +1,9 @@
 """Inputs and error budgets shared by tests and benchmarks.
 
-Keys have strong channel means, as those of real models do: random normal keys hide AdaIN and everything that folds. Budgets are
-measured, never typed: the yardstick is the specification in fp64, the budget is what eager PyTorch loses in the same dtype.
+Keys have strong channel means, as those of real models do: random normal keys hide AdaIN and
+    everything that folds. Budgets are
+measured, never typed: the yardstick is the specification in fp64, the budget is what eager PyTorch
+    loses in the same dtype.
 """
 
 from __future__ import annotations
@@ -31,11 +33,14 @@ def features(
     strided: bool = False,
     device: str = "cpu",
 ) -> Tensor:
-    """A [B, H, N, D] tensor with channel means of size `means` and uneven channel scales; over [B, N, H, D] memory if strided."""
+    """A [B, H, N, D] tensor with channel means of size `means` and uneven channel scales; over [B,
+    N, H, D] memory if strided."""
     b, h, n, d = shape
     scale = 0.5 + torch.rand(b, h, 1, d, generator=generator)
     shift = means * torch.randn(b, h, 1, d, generator=generator)
-    x = (torch.randn(b, h, n, d, generator=generator) * scale + shift).to(device=device, dtype=dtype)
+    x = (torch.randn(b, h, n, d, generator=generator) * scale + shift).to(
+        device=device, dtype=dtype
+    )
     if not strided:
         return x
     wide = torch.zeros(b, n, h, d + 8, dtype=dtype, device=device)
@@ -48,10 +53,14 @@ class SegmentSpec:
     """Which options a segment uses."""
 
     keys: int = 7
-    key_rows: str = "each"  # "each": R = B; "one": R = 1; "mapped": a row map; "holes": a row map with -1
+    key_rows: str = (
+        "each"  # "each": R = B; "one": R = 1; "mapped": a row map; "holes": a row map with -1
+    )
     affines: str = ""  # any of "k", "v", "c" (center)
     logit_scale: str = ""  # "": 1, "float", "row"
-    logit_bias: str = ""  # "": 0, "float", "row", "query", "inf" (some rows), "gone" (-inf everywhere)
+    logit_bias: str = (
+        ""  # "": 0, "float", "row", "query", "inf" (some rows), "gone" (-inf everywhere)
+    )
     key_bias: str = ""  # "", "shared": [S], "row": [R, S], "mask": [R, S] with -inf
     null_keys: int = 0
     blend: str = ""  # "", "float", "row"
@@ -111,7 +120,9 @@ class _Builder:
         span = high - low
         if kind == "float":
             return low + span * float(self.rand(1))
-        return low + span * (self.rand(c.batch, c.length) if kind == "query" else self.rand(c.batch))
+        return low + span * (
+            self.rand(c.batch, c.length) if kind == "query" else self.rand(c.batch)
+        )
 
     def rows(self, kind: str) -> tuple[int, Tensor | None]:
         b = self.spec.batch
@@ -123,7 +134,12 @@ class _Builder:
 
     def segment(self, s: SegmentSpec) -> Segment:
         count, rows = self.rows(s.key_rows)
-        out = Segment(self.features(count, s.keys), self.features(count, s.keys), rows=rows, null_keys=s.null_keys)
+        out = Segment(
+            self.features(count, s.keys),
+            self.features(count, s.keys),
+            rows=rows,
+            null_keys=s.null_keys,
+        )
         if "k" in s.affines:
             out = replace(out, key_affine=self.affine("c" in s.affines))
         if "v" in s.affines:
@@ -138,14 +154,21 @@ class _Builder:
         elif s.logit_bias:
             out = replace(out, logit_bias=self.number(s.logit_bias, -2.0, 2.0))
         if s.key_bias:
-            bias = 2 * self.rand(s.keys) - 1 if s.key_bias == "shared" else 2 * self.rand(count, s.keys) - 1
+            bias = (
+                2 * self.rand(s.keys) - 1
+                if s.key_bias == "shared"
+                else 2 * self.rand(count, s.keys) - 1
+            )
             if s.key_bias == "mask":
                 bias = bias.masked_fill(self.rand(*bias.shape) < 0.4, NEG_INF)
             out = replace(out, key_bias=bias)
         if s.blend:
             own = self.spec.batch, s.keys
             out = replace(
-                out, own_key=self.features(*own), own_value=self.features(*own), kv_blend=self.number(s.blend, 0.0, 1.0)
+                out,
+                own_key=self.features(*own),
+                own_value=self.features(*own),
+                kv_blend=self.number(s.blend, 0.0, 1.0),
             )
         return out
 
@@ -153,13 +176,19 @@ class _Builder:
         c = self.spec
         out = Branch(tuple(self.segment(s) for s in b.segments))
         if b.weight:
-            out = replace(out, weight=0.0 if b.weight == "zero" else self.number(b.weight, -0.5, 1.5))
+            out = replace(
+                out, weight=0.0 if b.weight == "zero" else self.number(b.weight, -0.5, 1.5)
+            )
         if b.own_query:
             out = replace(out, query=self.features(c.batch, c.length))
         if b.query_affine:
             out = replace(out, query_affine=self.affine())
         if b.content:
-            out = replace(out, content_query=self.features(c.batch, c.length), gamma=self.number(b.content, 0.0, 1.0))
+            out = replace(
+                out,
+                content_query=self.features(c.batch, c.length),
+                gamma=self.number(b.content, 0.0, 1.0),
+            )
         return out
 
     def call(self) -> tuple[Tensor, tuple[Branch, ...], float | None]:
@@ -178,7 +207,9 @@ def cast(node: Any, dtype: torch.dtype) -> Any:
     return node
 
 
-def exact(query: Tensor, branches: Sequence[Branch], softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
+def exact(
+    query: Tensor, branches: Sequence[Branch], softmax_scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """The specification in fp64 on the same (rounded) inputs: out and lse."""
     query, branches = cast(query, torch.float64), cast(tuple(branches), torch.float64)
     normal, scale = normalize("exact", query, branches, softmax_scale)
@@ -186,7 +217,8 @@ def exact(query: Tensor, branches: Sequence[Branch], softmax_scale: float | None
 
 
 def eager(query: Tensor, branches: Sequence[Branch], softmax_scale: float | None = None) -> Tensor:
-    """The formula in eager PyTorch, every intermediate in the query's dtype: what an implementation in plain torch loses."""
+    """The formula in eager PyTorch, every intermediate in the query's dtype: what an implementation
+    in plain torch loses."""
     normal, scale = normalize("eager", query, tuple(branches), softmax_scale)
     normal = cast(normal, query.dtype)
     total = torch.zeros_like(query)
@@ -210,15 +242,24 @@ def rounding(dtype: torch.dtype, expected: Tensor) -> float:
 def assert_within_error_budget(
     actual: Tensor, query: Tensor, branches: Sequence[Branch], softmax_scale: float | None = None
 ) -> None:
-    """The error against fp64 is at most twice (the eager formula's error in the same dtype + one rounding of the result).
+    """The error against fp64 is at most twice (the eager formula's error in the same dtype + one
+    rounding of the result).
 
     Raises:
         AssertionError: with both errors.
     """
     expected, _ = exact(query, branches, softmax_scale)
-    assert actual.shape == expected.shape and actual.dtype == query.dtype, (actual.shape, actual.dtype)
+    assert actual.shape == expected.shape and actual.dtype == query.dtype, (
+        actual.shape,
+        actual.dtype,
+    )
     assert torch.isfinite(actual).all(), "not finite"
     error = relative_error(actual, expected)
     floor = torch.finfo(query.dtype).eps
-    budget = 2 * (relative_error(eager(query, branches, softmax_scale), expected) + max(rounding(query.dtype, expected), floor))
-    assert error <= budget, f"error {error:.2e}, budget {budget:.2e} (eager in {query.dtype}, doubled)"
+    budget = 2 * (
+        relative_error(eager(query, branches, softmax_scale), expected)
+        + max(rounding(query.dtype, expected), floor)
+    )
+    assert error <= budget, (
+        f"error {error:.2e}, budget {budget:.2e} (eager in {query.dtype}, doubled)"
+    )

@@ -1,7 +1,9 @@
 """The `torch` backend: library flash attention per segment and an exact log-sum-exp merge.
 
-K and V are read where they are: the key affine folds into the query, the value affine into the segment's output, row maps become
-views. StyleAligned's whole batch is two library calls: every row against its own keys, and the targets, stacked along the
+K and V are read where they are: the key affine folds into the query, the value affine into the
+    segment's output, row maps become
+views. StyleAligned's whole batch is two library calls: every row against its own keys, and the
+targets, stacked along the
 sequence, against their references. (A K/V blend has no such form and is materialised.)
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,8 +39,11 @@ def _over(x: Tensor) -> Tensor:
     return x[:, None, None] if x.ndim == 1 else x[:, None]
 
 
-def _library_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """One library call on [B, H, L, D]: output, and natural-log LSE [B, H, L] in fp32. `bias` is [B or 1, 1, 1, S]."""
+def _library_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One library call on [B, H, L, D]: output, and natural-log LSE [B, H, L] in fp32. `bias` is [B
+    or 1, 1, 1, S]."""
     if q.device.type == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=bias, scale=scale
@@ -54,30 +60,49 @@ def _library_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sca
 
 
 def _effective_query(query: Tensor, branch: Branch) -> Tensor:
-    """Q' = gamma * Q_content + (1 - gamma) * (a_q * Q + b_q): the tensor itself where there is nothing to do, else fp32."""
+    """Q' = gamma * Q_content + (1 - gamma) * (a_q * Q + b_q): the tensor itself where there is
+    nothing to do, else fp32."""
     q = query if branch.query is None else branch.query
     if branch.query_affine is not None:
-        q = q.float() * branch.query_affine.scale[:, :, None] + branch.query_affine.shift[:, :, None]
-    if branch.content_query is not None and (isinstance(branch.gamma, Tensor) or branch.gamma != 0.0):
-        gamma = branch.gamma if not isinstance(branch.gamma, Tensor) else branch.gamma[:, None, None, None]
+        q = (
+            q.float() * branch.query_affine.scale[:, :, None]
+            + branch.query_affine.shift[:, :, None]
+        )
+    if branch.content_query is not None and (
+        isinstance(branch.gamma, Tensor) or branch.gamma != 0.0
+    ):
+        gamma = (
+            branch.gamma
+            if not isinstance(branch.gamma, Tensor)
+            else branch.gamma[:, None, None, None]
+        )
         q = q.float() + gamma * (branch.content_query.float() - q.float())
     return q
 
 
-def _fold(q: Tensor, s: Segment, dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor | None, float]:
+def _fold(
+    q: Tensor, s: Segment, dtype: torch.dtype, scale: float
+) -> tuple[Tensor, Tensor | None, float]:
     """Fold alpha and the key affine into the query.
 
-    Returns the query of the segment in `dtype`, the logit term [B, H, L] that is constant over its keys, and the softmax scale.
-    The term is computed from the rounded query, so that its rounding error multiplies centred keys only.
+    Returns the query of the segment in `dtype`, the logit term [B, H, L] that is constant over its
+    keys, and the softmax scale.
+    The term is computed from the rounded query, so that its rounding error multiplies centred keys
+    only.
     """
-    affine, alpha = s.key_affine, s.logit_scale
-    if not isinstance(alpha, Tensor):
-        scale, alpha = scale * alpha, None
+    affine = s.key_affine
+    alpha = s.logit_scale if isinstance(s.logit_scale, Tensor) else None
+    if not isinstance(s.logit_scale, Tensor):
+        scale *= s.logit_scale
     if affine is None and alpha is None and q.dtype == dtype:
         return q, None, scale
     scaled = q.float() if alpha is None else q.float() * alpha[:, None, None, None]
     exact = scaled if affine is None else scaled * affine.scale[:, :, None]
-    folded = torch.empty(q.transpose(1, 2).shape, dtype=dtype, device=q.device).transpose(1, 2).copy_(exact)
+    folded = (
+        torch.empty(q.transpose(1, 2).shape, dtype=dtype, device=q.device)
+        .transpose(1, 2)
+        .copy_(exact)
+    )
     if affine is None:
         return folded, None, scale
     term = torch.einsum("bhld,bhd->bhl", scaled, affine.shift)
@@ -87,9 +112,11 @@ def _fold(q: Tensor, s: Segment, dtype: torch.dtype, scale: float) -> tuple[Tens
 
 
 def _groups(rows: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """Split a row map into library calls: (key rows, query rows), every key row with equally many query rows, in its order.
+    """Split a row map into library calls: (key rows, query rows), every key row with equally many
+    query rows, in its order.
 
-    Key rows that are equally spaced and have equally many query rows share a call; others get a call each.
+    Key rows that are equally spaced and have equally many query rows share a call; others get a
+    call each.
     """
     users: dict[int, list[int]] = {}
     for b, r in enumerate(rows):
@@ -97,7 +124,7 @@ def _groups(rows: list[int]) -> Iterator[tuple[list[int], list[int]]]:
             users.setdefault(r, []).append(b)
     refs = sorted(users)
     even = len({len(u) for u in users.values()}) == 1
-    spaced = len({b - a for a, b in zip(refs, refs[1:], strict=False)}) <= 1
+    spaced = len({b - a for a, b in pairwise(refs)}) <= 1
     if refs and even and spaced:
         yield refs, [b for r in refs for b in users[r]]
     else:
@@ -115,7 +142,7 @@ def _rows_view(x: Tensor, rows: list[int]) -> Tensor:
 
 def _stack(x: Tensor, rows: list[int], groups: int) -> Tensor:
     """Rows of [B, H, L, D] stacked along the sequence: [groups, H, rows per group * L, D]."""
-    _, heads, length, dim = x.shape
+    heads, dim = x.shape[1], x.shape[3]
     picked = x if rows == list(range(x.shape[0])) else x[rows]
     return picked.transpose(1, 2).reshape(groups, -1, heads, dim).transpose(1, 2)
 
@@ -126,35 +153,46 @@ def _unstack(x: Tensor, rows: int) -> Tensor:
     return x.reshape(rows, -1, *x.shape[2:]).transpose(1, 2)
 
 
-def _mapped(q: Tensor, k: Tensor, v: Tensor, s: Segment, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of every query row with the key row that serves it; rows without one get zeros and -inf."""
+def _mapped(
+    q: Tensor, k: Tensor, v: Tensor, s: Segment, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query row with the key row that serves it; rows without one get zeros and
+    -inf."""
     batch, heads, length, dim = q.shape
     identity = list(range(batch))
-    rows = s.rows.tolist() if s.rows is not None else identity if k.shape[0] == batch else [0] * batch
+    rows = (
+        s.rows.tolist() if s.rows is not None else identity if k.shape[0] == batch else [0] * batch
+    )
     if rows == identity and k.shape[0] == batch:
         return _library_attention(q, k, v, bias, scale)
     out = torch.zeros(batch, length, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.full((batch, heads, length), NEG_INF, dtype=torch.float32, device=q.device)
     for refs, users in _groups(rows):
         own_bias = bias if bias is None or bias.shape[0] == 1 else _rows_view(bias, refs)
-        o, p = _library_attention(_stack(q, users, len(refs)), _rows_view(k, refs), _rows_view(v, refs), own_bias, scale)
+        o, p = _library_attention(
+            _stack(q, users, len(refs)), _rows_view(k, refs), _rows_view(v, refs), own_bias, scale
+        )
         out[users] = _unstack(o, len(users))
         lse[users] = _unstack(p, len(users))
     return out, lse
 
 
 def _blended(s: Segment, x: Tensor, own: Tensor) -> Tensor:
-    """lam * x[rows] + (1 - lam) * own, materialised: the one case without a form that reads K and V in place."""
+    """lam * x[rows] + (1 - lam) * own, materialised: the one case without a form that reads K and V
+    in place."""
     picked = x if s.rows is None else x.index_select(0, s.rows.to(x.device).clamp(min=0))
     lam = s.kv_blend if not isinstance(s.kv_blend, Tensor) else s.kv_blend[:, None, None, None]
     return (own.float() + lam * (picked.float() - own.float())).to(x.dtype)
 
 
 def _segment(q: Tensor, s: Segment, dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor]:
-    """One segment: its normalised output and its LSE, with every option of the segment but the null keys."""
+    """One segment: its normalised output and its LSE, with every option of the segment but the null
+    keys."""
     key, value, rows = s.key, s.value, s.rows
     if key.shape[2] == 0:
-        return q.new_zeros(q.shape, dtype=dtype), q.new_full(q.shape[:-1], NEG_INF, dtype=torch.float32)
+        return q.new_zeros(q.shape, dtype=dtype), q.new_full(
+            q.shape[:-1], NEG_INF, dtype=torch.float32
+        )
     folded, term, scale = _fold(q, s, dtype, scale)
     bias = None
     if s.key_bias is not None:
@@ -212,12 +250,17 @@ def _branch(query: Tensor, branch: Branch, scale: float) -> tuple[Tensor, Tensor
 def _may_be_dead(branch: Branch) -> bool:
     """Whether some query may have lost every key of the branch."""
     return all(
-        s.key_bias is not None or s.rows is not None or isinstance(s.logit_bias, Tensor) or s.logit_bias == NEG_INF
+        s.key_bias is not None
+        or s.rows is not None
+        or isinstance(s.logit_bias, Tensor)
+        or s.logit_bias == NEG_INF
         for s in branch.segments
     )
 
 
-def attention_forward(query: Tensor, branches: tuple[Branch, ...], softmax_scale: float) -> tuple[Tensor, Tensor]:
+def attention_forward(
+    query: Tensor, branches: tuple[Branch, ...], softmax_scale: float
+) -> tuple[Tensor, Tensor]:
     """The operation of `branch.py`: out [B, H, L, D], lse [G, B, H, L] in fp32."""
     batch, heads, length, dim = query.shape
     total: Tensor | None = None
@@ -234,7 +277,9 @@ def attention_forward(query: Tensor, branches: tuple[Branch, ...], softmax_scale
         total = out if total is None else total.float() + out.float()
     strides = (length * heads * dim, dim, heads * dim, 1)
     if total is None or total.dtype != query.dtype or total.stride() != strides:
-        result = torch.zeros(batch, length, heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2)
+        result = torch.zeros(
+            batch, length, heads, dim, dtype=query.dtype, device=query.device
+        ).transpose(1, 2)
         total = result if total is None else result.copy_(total)
     return total, torch.stack(lses)
 
@@ -246,5 +291,3 @@ def token_stats_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return x[..., 0, :].clone(), torch.full_like(x[..., 0, :], eps).sqrt()
     var, mean = torch.var_mean(x, dim=-2)
     return mean, (var + eps).sqrt()
-
-

@@ -7,7 +7,8 @@ import torch
 
 
 def definition(query, branches, scale=None):
-    """The operation of DESIGN.md 2 as nested loops over rows, heads and queries in numpy fp64: out and lse."""
+    """The operation of DESIGN.md 2 as nested loops over rows, heads and queries in numpy fp64: out
+    and lse."""
     q0 = query.double().numpy()
     b_, h_, l_, d_ = q0.shape
     scale = d_**-0.5 if scale is None else scale
@@ -20,7 +21,11 @@ def definition(query, branches, scale=None):
         return float(x) if x.ndim == 0 else float(x[b]) if x.ndim == 1 else float(x[b, i])
 
     def mapped(x, affine, b, h):
-        return x if affine is None else affine.scale[b, h].double().numpy() * x + affine.shift[b, h].double().numpy()
+        return (
+            x
+            if affine is None
+            else affine.scale[b, h].double().numpy() * x + affine.shift[b, h].double().numpy()
+        )
 
     for g, branch in enumerate(branches):
         for b in range(b_):
@@ -33,7 +38,13 @@ def definition(query, branches, scale=None):
                         q = gamma * branch.content_query[b, h, i].double().numpy() + (1 - gamma) * q
                     logits, values = [], []
                     for s in branch.segments:
-                        r = b if s.rows is None and s.key.shape[0] > 1 else 0 if s.rows is None else int(s.rows[b])
+                        r = (
+                            b
+                            if s.rows is None and s.key.shape[0] > 1
+                            else 0
+                            if s.rows is None
+                            else int(s.rows[b])
+                        )
                         for j in range(s.key.shape[2] if r >= 0 else 0):
                             k, v = (x[r, h, j].double().numpy() for x in (s.key, s.value))
                             if s.own_key is not None:
@@ -43,7 +54,11 @@ def definition(query, branches, scale=None):
                             k, v = mapped(k, s.key_affine, b, h), mapped(v, s.value_affine, b, h)
                             bias = at(s.logit_bias, b, i)
                             if s.key_bias is not None:
-                                bias += float(s.key_bias[j] if s.key_bias.ndim == 1 else s.key_bias[min(r, len(s.key_bias) - 1), j])
+                                bias += float(
+                                    s.key_bias[j]
+                                    if s.key_bias.ndim == 1
+                                    else s.key_bias[min(r, len(s.key_bias) - 1), j]
+                                )
                             if bias > -np.inf:
                                 logits.append(at(s.logit_scale, b, i) * scale * float(q @ k) + bias)
                                 values.append(v)
@@ -73,8 +88,11 @@ def _match_statistics(x, eps=1e-5):
 
 
 def official_style_aligned(q, k, v, *, adain=(True, True, False), score_scale=1.0, score_shift=0.0):
-    """StyleAligned as its authors formulate it, in the inputs' dtype: AdaIN passes, concatenated K and V, einsum for a shift."""
-    q, k, v = (_match_statistics(x) if wanted else x for x, wanted in zip((q, k, v), adain, strict=True))
+    """StyleAligned as its authors formulate it, in the inputs' dtype: AdaIN passes, concatenated K
+    and V, einsum for a shift."""
+    q, k, v = (
+        _match_statistics(x) if wanted else x for x, wanted in zip((q, k, v), adain, strict=True)
+    )
     n = k.shape[-2]
     k = torch.cat([k, _first_of_half(k, score_scale)], -2)
     v = torch.cat([v, _first_of_half(v)], -2)
@@ -89,7 +107,11 @@ def official_lse(q, k, *, adain=(True, True), score_scale=1.0, score_shift=0.0):
     """The log-sum-exp of the official joint softmax."""
     q, k = (_match_statistics(x) if wanted else x for x, wanted in zip((q, k), adain, strict=True))
     n = k.shape[-2]
-    logits = q @ torch.cat([k, _first_of_half(k, score_scale)], -2).transpose(-1, -2) * q.shape[-1] ** -0.5
+    logits = (
+        q
+        @ torch.cat([k, _first_of_half(k, score_scale)], -2).transpose(-1, -2)
+        * q.shape[-1] ** -0.5
+    )
     logits[..., n:] += score_shift
     return logits.logsumexp(-1)
 

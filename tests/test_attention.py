@@ -1,4 +1,5 @@
-"""Every backend that runs here against the specification: values, LSE, error budgets, layout, gradients, torch.compile."""
+"""Every backend that runs here against the specification: values, LSE, error budgets, layout,
+gradients, torch.compile."""
 
 import math
 import os
@@ -23,7 +24,9 @@ from styleattn.testing import (
 )
 
 NEG_INF = float("-inf")
-BACKENDS = [row.name for row in styleattn.backends() if row.available and row.name in ("torch", "cpu")]
+BACKENDS = [
+    row.name for row in styleattn.backends() if row.available and row.name in ("torch", "cpu")
+]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 GRID = [(1, 1), (1, 63), (63, 1), (63, 257), (257, 63), (130, 1000)]
 
@@ -32,16 +35,33 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 
 MIXTURES = {
     "plain": (BranchSpec(),),
-    "folded": (BranchSpec(segments=(SegmentSpec(affines="kvc"), SegmentSpec(key_rows="holes")), query_affine=True),),
+    "folded": (
+        BranchSpec(
+            segments=(SegmentSpec(affines="kvc"), SegmentSpec(key_rows="holes")), query_affine=True
+        ),
+    ),
     "joint": (BranchSpec(segments=tuple(SegmentSpec(logit_bias=b) for b in ("", "query", "row"))),),
-    "decoupled": (BranchSpec(), BranchSpec(weight="query"), BranchSpec(weight="row", own_query=True)),
-    "masked": (BranchSpec(segments=(SegmentSpec(key_bias="mask", null_keys=16), SegmentSpec(logit_bias="inf"))),),
-    "blended": (BranchSpec(segments=(SegmentSpec(key_rows="one", blend="row", logit_scale="row"),), content="float"),),
+    "decoupled": (
+        BranchSpec(),
+        BranchSpec(weight="query"),
+        BranchSpec(weight="row", own_query=True),
+    ),
+    "masked": (
+        BranchSpec(
+            segments=(SegmentSpec(key_bias="mask", null_keys=16), SegmentSpec(logit_bias="inf"))
+        ),
+    ),
+    "blended": (
+        BranchSpec(
+            segments=(SegmentSpec(key_rows="one", blend="row", logit_scale="row"),), content="float"
+        ),
+    ),
 }
 
 
 def assert_lse(lse, want, dtype, folded=False):
-    """1e-5 in fp32, 1e-3 in half; a folded half-precision query adds its own rounding, eps * |logit|."""
+    """1e-5 in fp32, 1e-3 in half; a folded half-precision query adds its own rounding, eps *
+    |logit|."""
     assert torch.equal(lse == NEG_INF, want == NEG_INF)
     lse, want = (torch.where(x == NEG_INF, 0.0, x.double()) for x in (lse, want))
     bound = 1e-5 * max(1.0, float(want.abs().max())) if dtype == torch.float32 else 1e-3
@@ -57,13 +77,22 @@ def assert_lse(lse, want, dtype, folded=False):
 def test_grid(backend, dtype, mixture, shape):
     length, keys = shape
     branches = tuple(
-        BranchSpec(**{**vars(b), "segments": tuple(SegmentSpec(**{**vars(s), "keys": keys}) for s in b.segments)})
+        BranchSpec(
+            **{
+                **vars(b),
+                "segments": tuple(SegmentSpec(**{**vars(s), "keys": keys}) for s in b.segments),
+            }
+        )
         for b in MIXTURES[mixture]
     )
     dim = {1: 40, 63: 80, 257: 64, 130: 160}[length]
-    spec = CallSpec(batch=3, length=length, head_dim=dim, branches=branches, dtype=dtype, strided=length == 63)
+    spec = CallSpec(
+        batch=3, length=length, head_dim=dim, branches=branches, dtype=dtype, strided=length == 63
+    )
     query, call, scale = spec.build()
-    out, lse = styleattn.attention(query, call, softmax_scale=scale, return_lse=True, backend=backend)
+    out, lse = styleattn.attention(
+        query, call, softmax_scale=scale, return_lse=True, backend=backend
+    )
     assert out.stride() == (length * 2 * dim, dim, 2 * dim, 1)
     assert lse.dtype == torch.float32 and lse.is_contiguous()
     assert_within_error_budget(out, query, call, scale)
@@ -79,11 +108,15 @@ def test_grid(backend, dtype, mixture, shape):
 @given(spec=calls)
 def test_any_combination(backend, spec):
     query, call, scale = spec.build()
-    out, lse = styleattn.attention(query, call, softmax_scale=scale, return_lse=True, backend=backend)
+    out, lse = styleattn.attention(
+        query, call, softmax_scale=scale, return_lse=True, backend=backend
+    )
     want, want_lse = exact(query, call, scale)
     assert torch.isfinite(out).all()
     tolerance = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}[spec.dtype]
-    largest = max(float(want.abs().max()), float(max(s.value.abs().max() for b in call for s in b.segments)))
+    largest = max(
+        float(want.abs().max()), float(max(s.value.abs().max() for b in call for s in b.segments))
+    )
     assert (out.double() - want).abs().max() <= tolerance * largest
     assert torch.equal(lse == NEG_INF, want_lse == NEG_INF)
 
@@ -96,15 +129,22 @@ def test_never_above_the_official_half_formulation(backend, dtype, scale, shift,
     g = torch.Generator().manual_seed(dim)
     q, k, v = (features(g, (4, 2, 257, dim), dtype, means=m) for m in (1.0, 3.0, 0.5))
     rows = torch.tensor([0, 0, 2, 2])
-    out = styleattn.shared_attention(q, k, v, reference_rows=rows, score_scale=scale, score_shift=shift, backend=backend)
-    want = official_style_aligned(*(x.double() for x in (q, k, v)), score_scale=scale, score_shift=shift)
+    out = styleattn.shared_attention(
+        q, k, v, reference_rows=rows, score_scale=scale, score_shift=shift, backend=backend
+    )
+    want = official_style_aligned(
+        *(x.double() for x in (q, k, v)), score_scale=scale, score_shift=shift
+    )
     official = official_style_aligned(q, k, v, score_scale=scale, score_shift=shift)
     assert relative_error(out, want) <= relative_error(official, want)
 
 
 @backends
 @dtypes
-@pytest.mark.parametrize("options", [{}, {"score_shift": 0.7}, {"score_scale": 0.5}, {"adain_values": True, "score_shift": -1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"score_shift": 0.7}, {"score_scale": 0.5}, {"adain_values": True, "score_shift": -1.0}],
+)
 def test_reference_row_is_plain_self_attention(backend, dtype, options):
     g = torch.Generator().manual_seed(0)
     q, k, v = (features(g, (6, 2, 65, 40), dtype) for _ in range(3))
@@ -123,9 +163,16 @@ def test_segments_are_a_partition(backend):
     one = styleattn.attention(q, [Branch((Segment(k, v),))], backend=backend)
     cut = [Segment(k[:, :, a:b], v[:, :, a:b]) for a, b in ((0, 11), (11, 64), (64, 70))]
     for order in (cut, cut[::-1]):
-        torch.testing.assert_close(styleattn.attention(q, [Branch(tuple(order))], backend=backend), one, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            styleattn.attention(q, [Branch(tuple(order))], backend=backend),
+            one,
+            rtol=1e-5,
+            atol=1e-5,
+        )
     halves = [Branch((Segment(k, v),), weight=w) for w in (0.25, 0.75)]
-    torch.testing.assert_close(styleattn.attention(q, halves, backend=backend), one, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        styleattn.attention(q, halves, backend=backend), one, rtol=1e-5, atol=1e-5
+    )
 
 
 @backends
@@ -170,7 +217,9 @@ def test_statistics(backend, dtype):
 @backends
 def test_empty_batch(backend):
     q, one = torch.zeros(0, 2, 5, 16), torch.zeros(1, 2, 5, 16)
-    out, lse = styleattn.attention(q, [Branch((Segment(one, one),))], return_lse=True, backend=backend)
+    out, lse = styleattn.attention(
+        q, [Branch((Segment(one, one),))], return_lse=True, backend=backend
+    )
     assert out.shape == q.shape and lse.shape == (1, 0, 2, 5)
 
 
@@ -207,7 +256,9 @@ def test_gradients_are_exact_for_every_option():
     assert len(inputs) > 25
 
     def run(*_):
-        return styleattn.attention(query, call, softmax_scale=scale, return_lse=True, backend="reference")
+        return styleattn.attention(
+            query, call, softmax_scale=scale, return_lse=True, backend="reference"
+        )
 
     assert torch.autograd.gradcheck(run, inputs, eps=1e-6, atol=1e-6)
 
@@ -220,9 +271,13 @@ def test_gradients_of_every_backend_agree(backend):
         normal, scale = normalize("test", query, call, scale)
         found, copy = leaves(normal)
         leaf = query.clone().requires_grad_()
-        out, lse = styleattn.attention(leaf, copy, softmax_scale=scale, return_lse=True, backend=name)
+        out, lse = styleattn.attention(
+            leaf, copy, softmax_scale=scale, return_lse=True, backend=name
+        )
         (out.square().sum() + lse.sin().sum()).backward()
-        results.append([leaf.grad, *(t.grad for t in found if t.is_floating_point() and t.grad is not None)])
+        results.append(
+            [leaf.grad, *(t.grad for t in found if t.is_floating_point() and t.grad is not None)]
+        )
     assert len(results[0]) == len(results[1]) > 25
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
@@ -234,7 +289,13 @@ def test_gradients_flow_through_statistics_and_affines():
 
     def run(q, k, v):
         return styleattn.shared_attention(
-            q, k, v, reference_rows=[0, 0, 2, 2], adain_values=True, score_shift=0.3, backend="reference"
+            q,
+            k,
+            v,
+            reference_rows=[0, 0, 2, 2],
+            adain_values=True,
+            score_shift=0.3,
+            backend="reference",
         )
 
     assert torch.autograd.gradcheck(run, (q, k, v), eps=1e-6, atol=1e-5)
@@ -246,7 +307,10 @@ def test_opcheck(backend):
     normal, scale = normalize("test", query, call, scale)
     tensors, layout, numbers = _ops.pack(normal)
     tensors = [t.requires_grad_() if t.is_floating_point() else t for t in tensors]
-    torch.library.opcheck(_ops.attention_op, (query.requires_grad_(), tensors, layout, numbers, scale, backend, "test"))
+    torch.library.opcheck(
+        _ops.attention_op,
+        (query.requires_grad_(), tensors, layout, numbers, scale, backend, "test"),
+    )
     torch.library.opcheck(_ops.token_stats_op, (query.detach(), 1e-5, backend))
 
 
@@ -258,7 +322,9 @@ def test_compiles_to_one_graph_over_steps(backend, dtype):
     rows = torch.tensor([0, 0, 2, 2])
 
     def layer(q, k, v, shift):
-        out = styleattn.shared_attention(q, k, v, reference_rows=rows, score_shift=shift, backend=backend)
+        out = styleattn.shared_attention(
+            q, k, v, reference_rows=rows, score_shift=shift, backend=backend
+        )
         return out.transpose(1, 2).reshape(4, 33, 32)
 
     torch._dynamo.reset()

@@ -1,0 +1,104 @@
+"""Around the operation: token statistics, AdaIN as an affine, exact merge of partial attentions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from styleattn import _ops
+from styleattn.branch import Affine, Invalid, check_query, describe
+
+
+class TokenStats(NamedTuple):
+    """Per-channel statistics over the tokens: mean and sqrt(unbiased variance + eps), each [B, H,
+    D] fp32."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def token_stats(x: Tensor, *, eps: float = 1e-5, backend: str | None = None) -> TokenStats:
+    """Mean and standard deviation over the tokens: mean_n x, sqrt(var_n x + eps) with the unbiased
+    variance (divisor N - 1).
+
+    Args:
+        x: [B, H, N, D]. Computed in fp32 from centred values: fp16 never overflows, |mean| >> std
+            keeps its digits. N = 1 has variance 0.
+        eps: inside the root.
+
+    Raises:
+        Invalid: not a [B, H, N, D] floating point tensor, or eps not positive.
+    """
+    check_query("token_stats", x)
+    if (
+        isinstance(eps, bool)
+        or not isinstance(eps, (int, float))
+        or not eps > 0
+        or not math.isfinite(eps)
+    ):
+        raise Invalid(
+            "token_stats", [f"eps must be a positive number, got {eps!r}"], f"x {describe(x)}"
+        )
+    return TokenStats(*_ops.token_stats_op(x, float(eps), backend or ""))
+
+
+def adain_affine(own: TokenStats, reference: TokenStats) -> Affine:
+    """AdaIN as an affine: y = (x - mean_own) / std_own * std_reference + mean_reference, all [B, H,
+    D] fp32.
+
+    Source: Huang & Belongie 2017 (AdaIN), eq. 8; StyleAligned (arXiv 2312.02133), sec. 3.2.
+    """
+    scale = reference.std / own.std
+    return Affine(scale, reference.mean - own.mean * scale, own.mean)
+
+
+def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Exact merge of partial attentions over disjoint sets of keys (ring or context parallel,
+    caches).
+
+        lse = log sum_i exp(lse_i)        out = sum_i exp(lse_i - lse) out_i
+
+    Args:
+        outputs: each [..., L, D], alike. lses: each [..., L], natural logarithm; -inf where a part
+            saw no key.
+
+    Returns:
+        (out in the outputs' dtype, lse in fp32). Differentiable. Where every part saw no key: 0 and
+        -inf.
+
+    Raises:
+        Invalid: no parts, or shapes that do not belong together.
+    """
+    outputs, lses = list(outputs), list(lses)
+    inputs = ", ".join(describe(t) for t in (*outputs, *lses))
+    if not outputs or len(outputs) != len(lses):
+        raise Invalid(
+            "merge",
+            [f"needs as many outputs as lses, at least one; got {len(outputs)} and {len(lses)}"],
+            inputs,
+        )
+    reasons = [
+        f"part {i}: output {describe(o)} and lse {describe(lse)} do not belong to "
+        f"output 0 {describe(outputs[0])}"
+        for i, (o, lse) in enumerate(zip(outputs, lses, strict=True))
+        if not isinstance(o, Tensor)
+        or not isinstance(lse, Tensor)
+        or o.shape != outputs[0].shape
+        or lse.shape != o.shape[:-1]
+    ]
+    if reasons:
+        raise Invalid("merge", reasons, inputs)
+    dtype = torch.float64 if outputs[0].dtype == torch.float64 else torch.float32
+    stacked = torch.stack([lse.to(dtype) for lse in lses])
+    lse = torch.logsumexp(stacked, 0)
+    dead = lse == float("-inf")
+    shares = torch.exp(stacked - torch.where(dead, 0.0, lse))
+    total = torch.zeros((), dtype=dtype, device=lse.device)
+    for o, share in zip(outputs, shares, strict=True):
+        share = share.unsqueeze(-1)
+        total = total + torch.where(share == 0, 0.0, o.to(dtype) * share)
+    return total.to(outputs[0].dtype), lse
