@@ -90,7 +90,7 @@ def test_every_reason_at_once():
     bad = Segment(K.half(), K[:, :, 1:], logit_scale=NAN, null_keys=-1)
     with pytest.raises(Invalid) as error:
         styleattn.attention(Q, [Branch((bad,), weight="x")], softmax_scale=math.inf)
-    assert len(error.value.reasons) == 5
+    assert len(error.value.reasons) == 6
     assert all(reason in str(error.value) for reason in error.value.reasons)
 
 
