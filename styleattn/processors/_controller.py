@@ -1,0 +1,370 @@
+"""The state of a styled UNet, outside its processors: hooks, rows, schedules, and what must be
+given back."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from styleattn.methods import Method, NormCall, Rows
+from styleattn.methods._base import Number, off
+from styleattn.references import Reference, StyleBank, always, weight_at, weight_tensor
+
+from . import _caller
+from ._attention import REPLACEABLE, STATE, Site, StyleAttnProcessor
+from ._caller import Caller
+from ._rows import RESIDUALS, RowMaker, named, without_control
+
+Strengths = tuple[Number, ...]
+Work = tuple[Method, Rows, Strengths, Number, Mapping[str, Number], tuple[Tensor | None, ...]]
+"""A method, the rows, strengths of its references, its gate, its numbers, its masks: one call of a
+layer."""
+
+
+@dataclass(frozen=True)
+class Now:
+    """What holds during the running denoiser call: rows, and weights of methods and references at
+    this step."""
+
+    rows: Rows
+    gates: tuple[Number, ...]
+    weights: tuple[Strengths, ...]
+    size: tuple[int, int]
+
+
+class Controller:
+    """Styles one UNet: owns its sites, hooks and schedules. See `Handle` for what users touch.
+
+    Args:
+        methods: in the order given.
+        references: per method, its references.
+        sites: attention module to what is known of it; norms: GroupNorm module to (method, gate,
+            weights).
+        bank, backend: as `apply`.
+        pipe: the pipeline that was styled, weakly; None for a bare model.
+    """
+
+    def __init__(
+        self,
+        methods: Sequence[Method],
+        references: Sequence[tuple[Reference, ...]],
+        bank: StyleBank | None,
+        backend: str | None,
+        pipe: Any = None,
+    ):
+        self.methods = list(methods)
+        self.references = list(references)
+        self.sites: list[tuple[Any, Site]] = []
+        self.norms: dict[torch.nn.Module, tuple[str, int, float, tuple[float, ...]]] = {}
+        self.backend = backend
+        self.pipe = None if pipe is None else weakref.ref(pipe)
+        self.control = any(m.control_reference for m in methods)
+        self.maker = None if bank is None else RowMaker(bank, self.control)
+        self.explicit: Caller | None = None
+        self.resting = 0
+        self.warned = False
+        self.now: Now | None = None
+        self.stripping = 0
+        self.numbers = [
+            {n: torch.tensor(float(getattr(m, n)), dtype=torch.float32) for n in m.NUMBERS}
+            for m in methods
+        ]
+        self._scheduled = not all(
+            always(m.steps) and all(always(r.steps) for r in refs)
+            for m, refs in zip(self.methods, self.references, strict=True)
+        )
+        self._masks: dict[tuple[int, int, int, int, torch.device], Tensor] = {}
+        self._hooks: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or pickled model keeps its style, not the pipeline it was in."""
+        return {**self.__dict__, "pipe": None, "_masks": {}, "now": None}
+
+    # What the processors and norms ask
+
+    def call_of(self, site: Site) -> Work | None:
+        """What a layer has to do now, or None when it is left as it was: bit for bit."""
+        now = self.now
+        if now is None or self.resting or now.rows.count < 2:
+            return None
+        gate = _times(site.gate, now.gates[site.method])
+        strengths = self._strengths(site.method, gate, site.weights, now)
+        if off(gate) or all(off(s) for s in strengths):
+            return None
+        method = self.methods[site.method]
+        masks = tuple(r.mask for r in self.references[site.method])
+        return (
+            method,
+            self._rows(site.method, now),
+            strengths,
+            gate,
+            self._numbers(site.method),
+            masks,
+        )
+
+    def _strengths(
+        self, method: int, gate: Number, weights: Sequence[float], now: Now
+    ) -> Strengths:
+        return tuple(
+            _times(w, _times(gate, d)) for w, d in zip(weights, now.weights[method], strict=True)
+        )
+
+    def _rows(self, method: int, now: Now) -> Rows:
+        rows = now.rows
+        return Rows(rows.chunks, rows.count, rows.references[: len(self.references[method])])
+
+    def _numbers(self, method: int) -> Mapping[str, Number]:
+        if torch.compiler.is_compiling():
+            return self.numbers[method]
+        return {name: getattr(self.methods[method], name) for name in self.numbers[method]}
+
+    def mask_bias(self, mask: Tensor | None, tokens: int) -> Tensor | None:
+        """log of a mask on a layer's grid, [N]."""
+        if mask is None or self.now is None:
+            return None
+        height, width = self.now.size
+        down = 1
+        while -(-height // down) * -(-width // down) > tokens and down < max(height, width):
+            down *= 2
+        grid = (-(-height // down), -(-width // down))
+        if grid[0] * grid[1] != tokens:
+            raise ValueError(
+                f"styleattn: a mask needs the grid of a layer of {tokens} tokens; latents {height}"
+                f" x {width}"
+                " do not scale to it by a power of 2"
+            )
+        small = F.interpolate(mask.to(torch.float32)[None, None], grid, mode="area")
+        return torch.log(small.flatten())
+
+    def norm(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Forward hook of a GroupNorm."""
+        now = self.now
+        if now is None or self.resting or now.rows.count < 2:
+            return None
+        _, method, gate_here, weights = self.norms[module]
+        gate = _times(gate_here, now.gates[method])
+        strengths = self._strengths(method, gate, weights, now)
+        if all(off(s) for s in strengths):
+            return None
+        weight, bias = _parameters(module, output)
+        rows = self._rows(method, now)
+        call = NormCall(
+            args[0], output, module.num_groups, weight, bias, module.eps, rows, strengths
+        )
+        return self.methods[method].group_norm(call)
+
+    # The hooks around the denoiser
+
+    def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook: who is who in this call, how strong, and the bank's rows."""
+        self.now, self.stripping = None, 0
+        if self.resting:
+            return None
+        if not torch.compiler.is_compiling():
+            self.keep()
+        inputs = named(args, kwargs)
+        caller = _caller.find(module, self.explicit, self.pipe)
+        sample = inputs["sample"]
+        batch, size = sample.shape[0], (sample.shape[2], sample.shape[3])
+        if batch % caller.chunks:
+            raise RuntimeError(
+                f"styleattn: a batch of {batch} rows is not {caller.chunks} equal chunks of"
+                " guidance"
+            )
+        count = batch // caller.chunks
+        gates, weights = self._schedule(inputs["timestep"], caller)
+        wanted = max(len(r) for r in self.references)
+        if self.maker is not None:
+            rows = Rows(caller.chunks, count + self.maker.count, tuple(range(self.maker.count)))
+            inputs = self.maker.add(inputs, caller)
+            self.stripping = caller.chunks
+        else:
+            each = caller.images_per_prompt
+            references = caller.references or tuple(r * each for r in range(wanted))
+            self._check_rows(references, wanted, count)
+            rows = Rows(caller.chunks, count, references)
+            if not self.control and any(inputs.get(name) is not None for name in RESIDUALS):
+                inputs = without_control(inputs, rows.is_reference())
+        self.now = Now(rows, gates, weights, size)
+        return (), inputs
+
+    def _check_rows(self, references: tuple[int, ...], wanted: int, count: int) -> None:
+        if len(references) != wanted or len(set(references)) != wanted or max(references) >= count:
+            raise ValueError(
+                f"styleattn: {wanted} references at rows {list(references)} of {count} rows per"
+                " chunk: the prompts of"
+                " the references come first in the call, or a bank brings them"
+                " (styleattn.build_bank)"
+            )
+
+    def _schedule(
+        self, timestep: Any, caller: Caller
+    ) -> tuple[tuple[Number, ...], tuple[Strengths, ...]]:
+        """Weights of methods and references at this step: numbers, or tensors under a compiler."""
+        if not self._scheduled:
+            return tuple(1.0 for _ in self.methods), tuple(
+                tuple(1.0 for _ in r) for r in self.references
+            )
+        if caller.timesteps is None or not len(caller.timesteps):
+            raise RuntimeError(
+                "styleattn: a schedule over steps needs the run's timesteps; call the UNet within"
+                " `with handle.layout(chunks=..., timesteps=scheduler.timesteps)`"
+            )
+        if torch.compiler.is_compiling():
+            fraction = _caller.fraction_of(timestep, caller.timesteps)
+
+            def weigh(steps: Any) -> Number:
+                return 1.0 if always(steps) else weight_tensor(steps, fraction)
+        else:
+            step = _caller.step_of(timestep, caller.timesteps) / len(caller.timesteps)
+
+            def weigh(steps: Any) -> Number:
+                return weight_at(steps, step)
+
+        gates = tuple(weigh(m.steps) for m in self.methods)
+        return gates, tuple(tuple(weigh(r.steps) for r in refs) for refs in self.references)
+
+    def after(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook: the output without the bank's rows."""
+        chunks, self.stripping, self.now = self.stripping, 0, None
+        if self.maker is None or not chunks:
+            return None
+        return self.maker.strip(output, chunks)
+
+    def keep(self) -> None:
+        """Put our processors back where something took them away, once with a warning."""
+        for attn, site in self.sites:
+            found: Any = attn.processor
+            if type(found) is StyleAttnProcessor:
+                if found.base is None:
+                    found.base = site.base
+                site.base = found.base
+                continue
+            name = type(found).__name__
+            if type(found) not in REPLACEABLE:
+                if not site.note:
+                    site.note = f"left to {name}, which was set after the style"
+                    self.warn(
+                        f"{site.layer.name} got a {name} after styleattn.apply; the layer keeps"
+                        " it, unstyled"
+                    )
+                continue
+            site.base, site.note = found, ""
+            attn.processor = StyleAttnProcessor(found)
+            if not name.startswith("PAG"):
+                self.warn(
+                    f"attention processors were replaced by {name} after styleattn.apply; the"
+                    " style is kept and"
+                    " its own attention used"
+                )
+
+    def warn(self, message: str) -> None:
+        """A warning, once per `apply`."""
+        if not self.warned:
+            self.warned = True
+            warnings.warn(f"styleattn: {message}", stacklevel=3)
+
+    # Installing and giving back
+
+    def install(self, model: torch.nn.Module) -> None:
+        """Put processors and hooks in place: all of them, or none."""
+        try:
+            for attn, site in self.sites:
+                setattr(attn, STATE, site)
+                attn.processor = StyleAttnProcessor(site.base)
+            for module in self.norms:
+                self._hooks.append(module.register_forward_hook(self.norm))
+            self._hooks.append(model.register_forward_pre_hook(self.before, with_kwargs=True))
+            self._hooks.append(model.register_forward_hook(self.after))
+            model._styleattn = self  # type: ignore[assignment]
+        except BaseException:
+            self.uninstall(model)
+            raise
+
+    def uninstall(self, model: torch.nn.Module) -> None:
+        """Give back the processors that would be there without us, the very objects, and take every
+        hook out."""
+        ours: dict[int, Any] = {}
+        for attn, site in self.sites:
+            found: Any = attn.processor
+            if type(found) is StyleAttnProcessor:
+                ours[id(found)] = found.base or site.base
+                attn.processor = ours[id(found)]
+            if getattr(attn, STATE, None) is site:
+                delattr(attn, STATE)
+        kept = getattr(
+            model, "original_attn_processors", None
+        )  # what unfuse_qkv_projections puts back
+        if isinstance(kept, dict):
+            for name, processor in kept.items():
+                if type(processor) is StyleAttnProcessor:
+                    kept[name] = processor.base
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if model.__dict__.get(STATE) is self:
+            del model._styleattn
+
+    def update(self, method: Method) -> None:
+        """Take over new numbers of a method in place.
+
+        Raises:
+            ValueError: no method here differs from the given one in numbers only.
+        """
+        for i, old in enumerate(self.methods):
+            same = {k: v for k, v in old.to_dict().items() if k not in old.NUMBERS}
+            if same == {k: v for k, v in method.to_dict().items() if k not in method.NUMBERS}:
+                self.methods[i] = method
+                for name, tensor in self.numbers[i].items():
+                    tensor.fill_(float(getattr(method, name)))
+                return
+        raise ValueError(
+            "Handle.update changes numbers of an applied method only; call styleattn.apply for"
+            " anything else"
+        )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The model as it was, for a while."""
+        self.resting += 1
+        try:
+            yield
+        finally:
+            self.resting -= 1
+
+    @contextmanager
+    def layout(self, caller: Caller) -> Iterator[None]:
+        """Calls whose layout the user names."""
+        before, self.explicit = self.explicit, caller
+        try:
+            yield
+        finally:
+            self.explicit = before
+
+
+def _times(a: Number, b: Number) -> Number:
+    """A product that stays a plain zero when one factor is known to be zero."""
+    return 0.0 if off(a) or off(b) else a * b
+
+
+def _parameters(norm: torch.nn.GroupNorm, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a GroupNorm, wherever offloading keeps them.
+
+    Sequential offloading leaves placeholders outside the module's own forward; then the module is
+    asked: on the input (1, -1) per channel, mean 0 and variance 1, it answers bias ± weight /
+    sqrt(1 + eps).
+    """
+    weight, bias = norm.weight, norm.bias
+    if weight is not None and weight.is_meta:
+        probe = torch.tensor([1.0, -1.0], dtype=like.dtype, device=like.device)
+        up, down = norm.forward(probe.expand(1, norm.num_channels, 2))[0].double().unbind(-1)
+        return (up - down) * (0.5 * (1 + norm.eps) ** 0.5), (up + down) * 0.5
+    return tuple(None if p is None else p.to(like.device) for p in (weight, bias))  # type: ignore[return-value]

@@ -1,0 +1,128 @@
+"""Which layers: presets, name patterns, and diffusers' scale dictionary."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from styleattn.references import Layers
+
+PRESETS = ("all", "style", "layout")
+_XL = {"style": {"up": {"block_0": [0.0, 1.0, 0.0]}}, "layout": {"down": {"block_2": [0.0, 1.0]}}}
+_V1 = {
+    "style": ["up_blocks.1.*"],
+    "layout": ["down_blocks.2.*", "mid_block.*"],
+}
+_GROUP = re.compile(r"((?:down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)(?:\.|$)")
+
+
+def layer_weights(
+    layers: Layers, attention: Sequence[str], others: Iterable[str] = ()
+) -> dict[str, float]:
+    """The weight of every module under a choice of layers.
+
+    Args:
+        layers: "all"; "style" or "layout" (the blocks that InstantStyle found in SDXL, and its
+            experimental ones in SD1.5); a name, a prefix or an fnmatch pattern of names, or
+            several; or diffusers' scale dictionary ({"down": {"block_2": [0, 1]}, "mid": 1, "up":
+            ...}; what it does not name is 0).
+        attention: the paths of the attention layers. Every pattern must hit one of them.
+        others: further module paths to weigh by the same rule.
+
+    Raises:
+        ValueError: a choice that selects nothing, or does not fit the model; says what there is.
+    """
+    names = [*attention, *others]
+    if isinstance(layers, str) and layers == "all":
+        return dict.fromkeys(names, 1.0)
+    if isinstance(layers, str) and layers in PRESETS:
+        return layer_weights(_preset(layers, attention), attention, others)
+    if isinstance(layers, Mapping):
+        return _from_scale_dict(layers, attention, names)
+    patterns = [layers] if isinstance(layers, str) else layers
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
+        raise ValueError(
+            f"layers must be one of {', '.join(PRESETS)}, a pattern, a list of patterns or a scale"
+            " dictionary,"
+            f" got {layers!r}"
+        )
+    for pattern in patterns:
+        if not any(_matches(pattern, name) for name in attention):
+            raise ValueError(
+                f"layers: {pattern!r} matches no attention layer; {_what_there_is(attention)}"
+            )
+    return {name: float(any(_matches(p, name) for p in patterns)) for name in names}
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+
+
+def _what_there_is(attention: Sequence[str]) -> str:
+    groups = list(dict.fromkeys(m.group(0).rstrip(".") for m in map(_GROUP.match, attention) if m))
+    return "there are " + ", ".join(groups or attention)
+
+
+def _preset(name: str, attention: Sequence[str]) -> Layers:
+    if any(layer.startswith("up_blocks.0.attentions.1.") for layer in attention):
+        return _XL[name]
+    if any(layer.startswith("up_blocks.1.attentions.") for layer in attention):
+        wanted = _V1[name]
+        return [p for p in wanted if any(_matches(p, layer) for layer in attention)] or wanted
+    raise ValueError(
+        f"layers={name!r} is known for SDXL and SD1.5 UNets; {_what_there_is(attention)}"
+    )
+
+
+def _from_scale_dict(
+    layers: Mapping[str, Any], attention: Sequence[str], names: Sequence[str]
+) -> dict[str, float]:
+    groups: dict[str, dict[int, int]] = {"down": {}, "mid": {}, "up": {}}
+    for match in filter(None, map(_GROUP.match, attention)):
+        part = match.group(1).split("_")[0]
+        block = int(match.group(2) or 0)
+        groups[part][block] = max(groups[part].get(block, 0), int(match.group(3)) + 1)
+    prefixes: dict[str, float] = {}
+    for part, blocks in layers.items():
+        if part not in groups:
+            raise ValueError(f"layers: unknown part {part!r}, the parts are down, mid and up")
+        if part == "mid":
+            prefixes.update(_block("mid_block", blocks, groups["mid"].get(0, 0), attention))
+            continue
+        if not isinstance(blocks, Mapping):
+            blocks = {f"block_{b}": blocks for b in groups[part]}
+        for block, scales in blocks.items():
+            found = re.fullmatch(r"block_(\d+)", str(block))
+            count = groups[part].get(int(found.group(1)), 0) if found else 0
+            if not found or not count:
+                have = ", ".join(f"block_{b}" for b in sorted(groups[part]))
+                raise ValueError(
+                    f"layers: {part!r} has no {block!r} with attention; it has {have or 'none'}"
+                )
+            prefixes.update(_block(f"{part}_blocks.{found.group(1)}", scales, count, attention))
+    return {
+        name: next((s for prefix, s in prefixes.items() if name.startswith(prefix + ".")), 0.0)
+        for name in names
+    }
+
+
+def _block(prefix: str, scales: Any, count: int, attention: Sequence[str]) -> dict[str, float]:
+    if not count:
+        raise ValueError(f"layers: {prefix} has no attention; {_what_there_is(attention)}")
+    values = scales if isinstance(scales, (list, tuple)) else [scales] * count
+    if len(values) != count:
+        raise ValueError(
+            f"layers: {prefix} has {count} attention modules, got {len(values)} scales"
+        )
+    for value in values:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+            or value < 0
+        ):
+            raise ValueError(f"layers: {prefix} has {value!r} where a scale >= 0 belongs")
+    return {f"{prefix}.attentions.{i}": float(v) for i, v in enumerate(values)}

@@ -1,0 +1,155 @@
+"""The UNet host: Stable Diffusion 1.x, 2.x and XL. What a style needs of the model, checked before
+anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+
+from styleattn.methods import Layer, Method
+from styleattn.references import Reference, StyleBank
+
+from ._attention import REPLACEABLE, STATE, Site, StyleAttnProcessor
+from ._controller import Controller
+from ._layers import layer_weights
+
+SUPPORTED = "UNet2DConditionModel (pipelines of Stable Diffusion 1.x, 2.x and XL)"
+COMPONENT = "unet"
+
+
+def matches(model: object) -> bool:
+    """Whether this host can style the model."""
+    return isinstance(model, UNet2DConditionModel)
+
+
+def self_attention_layers(model: UNet2DConditionModel) -> dict[str, Attention]:
+    """The self-attention modules by path, in the order of `attn_processors`: down, up, mid."""
+    names = [name.removesuffix(".processor") for name in model.attn_processors]
+    found = {name: model.get_submodule(name) for name in names if name.endswith(".attn1")}
+    return {
+        name: attn
+        for name, attn in found.items()
+        if isinstance(attn, Attention) and not attn.is_cross_attention
+    }
+
+
+def plan(
+    model: UNet2DConditionModel,
+    methods: Sequence[Method],
+    bank: StyleBank | None,
+    backend: str | None,
+    pipe: Any,
+) -> Controller:
+    """Everything that will be installed; touches nothing.
+
+    Raises:
+        ValueError: layers, references or a bank that do not fit the model, or methods that meet on
+            a layer.
+        TypeError: attention processors that compute something of their own.
+    """
+    references = [_references(m, bank) for m in methods]
+    if bank is not None:
+        _check_bank(model, bank)
+    controller = Controller(methods, references, bank, backend, pipe)
+    layers = self_attention_layers(model)
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.GroupNorm)}
+    if not layers:
+        raise TypeError(f"{type(model).__name__} has no self-attention layers")
+    for i, method in enumerate(methods):
+        gates = layer_weights(method.layers, list(layers), norms)
+        weights = [layer_weights(r.layers, list(layers), norms) for r in references[i]]
+        for index, (name, attn) in enumerate(layers.items()):
+            layer = Layer(name, index, len(layers))
+            mine = tuple(r.weight * w[name] for r, w in zip(references[i], weights, strict=True))
+            if gates[name] and any(mine) and method.takes(layer):
+                _add_site(
+                    controller,
+                    attn,
+                    Site(controller, layer, i, gates[name], mine, _base(name, attn)),
+                )
+        for name, norm in norms.items() if method.shares_norm else ():
+            mine = tuple(r.weight * w[name] for r, w in zip(references[i], weights, strict=True))
+            if gates[name] and any(mine):
+                if norm in controller.norms:
+                    raise ValueError(
+                        f"two methods share the statistics of {name}; give them separate layers"
+                    )
+                controller.norms[norm] = (name, i, gates[name], mine)
+    return controller
+
+
+def _add_site(controller: Controller, attn: Attention, site: Site) -> None:
+    for other, taken in controller.sites:
+        if other is attn:
+            names = (controller.methods[taken.method].name, controller.methods[site.method].name)
+            raise ValueError(
+                f"{site.layer.name} is taken by {names[0]} and {names[1]}: self-attention methods"
+                " exclude each"
+                " other on a layer; give them separate `layers`"
+            )
+    controller.sites.append((attn, site))
+
+
+def _base(name: str, attn: Attention) -> Any:
+    """The processor that a layer would have without us."""
+    found: Any = attn.processor
+    if type(found) is StyleAttnProcessor:
+        site = getattr(attn, STATE, None)
+        found = found.base or (site.base if site is not None else None)
+    if found is not None and type(found) not in REPLACEABLE:
+        raise TypeError(
+            f"{name} has a {type(found).__name__}, which computes something of its own; styleattn"
+            " stands in for"
+            f" {', '.join(t.__name__ for t in REPLACEABLE)}"
+        )
+    return found
+
+
+def _references(method: Method, bank: StyleBank | None) -> tuple[Reference, ...]:
+    """The references of a method: its own, the bank's, or one plain one."""
+    own = method.references
+    if bank is None:
+        for r in own or ():
+            if r.image is not None or r.latents is not None:
+                raise ValueError(
+                    f"{method.name}: a Reference with a picture or latents needs a bank:"
+                    " styleattn.build_bank"
+                )
+        return own or (Reference(),)
+    if own is not None and len(own) != len(bank.references):
+        raise ValueError(
+            f"{method.name} has {len(own)} references, the bank {len(bank.references)}; leave them"
+            " out to use the bank's"
+        )
+    return own or bank.references
+
+
+def _check_bank(model: UNet2DConditionModel, bank: StyleBank) -> None:
+    config: Any = model.config
+    reasons = []
+    if bank.latents.shape[2] != config.in_channels:
+        reasons.append(
+            f"it has {bank.latents.shape[2]} latent channels, the model {config.in_channels}"
+        )
+    width = bank.conditions["prompt_embeds"].shape[-1]
+    known = config.cross_attention_dim
+    if (
+        config.encoder_hid_dim_type in (None, "ip_image_proj")
+        and isinstance(known, int)
+        and width != known
+    ):
+        reasons.append(f"its prompt embeddings are {width} wide, the model's {known}")
+    if config.addition_embed_type == "text_time":
+        lacking = [
+            n
+            for n in ("text_embeds", "negative_text_embeds", "time_ids")
+            if n not in bank.conditions
+        ]
+        if lacking:
+            reasons.append(f"it lacks {', '.join(lacking)}, which this model needs")
+    if reasons:
+        raise ValueError("the bank was made for another model: " + "; ".join(reasons))
