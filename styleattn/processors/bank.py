@@ -1,0 +1,234 @@
+"""Banks: references made ready once, and the callback that transfers a picture without one."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from styleattn.inversion import Trajectory, ddim_invert, ddim_sample, encode_prompts, fingerprint
+from styleattn.inversion.host import Prompts, check_host, time_ids, timesteps_of
+from styleattn.methods import METHODS, Method
+from styleattn.references import VERSION, Reference, StyleBank
+
+from . import paused
+
+PICTURE_GUIDANCE, SAMPLE_GUIDANCE = 2.0, 5.0
+PAPER_OFFSET = 5
+
+
+def build_bank(
+    pipe: Any,
+    references: Reference | Sequence[Reference],
+    method: Method,
+    *,
+    num_inference_steps: int = 50,
+    seed: int = 0,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    offset: int | None = None,
+    labels: str = "paper",
+    callback: Callable[[int, int], bool | None] | None = None,
+) -> StyleBank:
+    """Make references ready for any number of prompts: invert pictures, or sample prompts, and keep
+    the latents.
+
+    Args:
+        pipe: a Stable Diffusion 1, 2 or XL pipeline; a style on it rests meanwhile.
+        references: pictures (`image`, or clean `latents`, or a ready `Trajectory` as `latents`),
+            or just prompts, which are sampled.
+        method: what the bank is for; part of its fingerprint.
+        num_inference_steps: of the inversion; use the same number in the pipeline call.
+        seed: of sampled references; reference i starts from noise of seed + i.
+        guidance_scale: of the inversion or the sampling; None for 2 and 5.
+        negative_prompt: of the references' unconditional rows.
+        height, width: pixels; the pipeline's own size if None.
+        offset: see `StyleBank`; None for 5, as StyleAligned transfers, when every reference is a
+            picture inverted with the paper's labels, else 0.
+        labels: of the inversion, "paper" or "consistent".
+        callback: called with (steps done, all steps) of each reference; returning False stops.
+
+    Raises:
+        TypeError: a pipeline or a reference that is not supported.
+        ValueError: pictures, sizes or trajectories that do not fit together.
+
+    Source: Hertz et al., StyleAligned, arXiv 2312.02133, transfer from a real image.
+    """
+    check_host(pipe, "build_bank")
+    chosen = (references,) if isinstance(references, Reference) else tuple(references)
+    if not chosen or not all(isinstance(r, Reference) for r in chosen):
+        raise TypeError("build_bank takes one Reference or several")
+    if isinstance(method, type) or not isinstance(method, Method):
+        raise TypeError(f"build_bank needs a method to make the bank for: {', '.join(METHODS)}")
+    options: dict[str, Any] = {
+        "num_inference_steps": num_inference_steps,
+        "height": height,
+        "width": width,
+        "callback": callback,
+    }
+    with paused(pipe):
+        trajectories = [
+            _trajectory(pipe, r, seed + i, guidance_scale, labels, options)
+            for i, r in enumerate(chosen)
+        ]
+    first = trajectories[0]
+    for i, other in enumerate(trajectories):
+        same = torch.equal(other.timesteps, first.timesteps)
+        if not same or other.latents.shape != first.latents.shape:
+            raise ValueError(
+                f"reference {i} has {len(other)} steps of {list(other.latents.shape[1:])},"
+                " reference 0"
+                f" {len(first)} of {list(first.latents.shape[1:])}; the references of a bank share"
+                " both"
+            )
+    if offset is None:
+        as_printed = all(t.method == "ddim" and t.labels == "paper" for t in trajectories)
+        offset = min(PAPER_OFFSET, len(first) - 1) if as_printed else 0
+    prompts = [r.prompt or t.prompt for r, t in zip(chosen, trajectories, strict=True)]
+    conditions = _conditions(pipe, encode_prompts(pipe, prompts, negative_prompt), first)
+    kept = tuple(
+        replace(r, image=None, latents=None, prompt=p) for r, p in zip(chosen, prompts, strict=True)
+    )
+    facts = {
+        "method": method.to_dict(),
+        "model": fingerprint(pipe.unet),
+        "scheduler": type(pipe.scheduler).__name__,
+        "height": first.height,
+        "width": first.width,
+        "labels": [t.labels for t in trajectories],
+        "guidance_scale": [t.guidance_scale for t in trajectories],
+        "negative_prompt": negative_prompt,
+        "dtype": str(pipe.unet.dtype),
+    }
+    latents = torch.stack([t.latents for t in trajectories])
+    bank = StyleBank(latents, first.timesteps, conditions, kept, offset, "", facts)
+    return replace(bank, fingerprint=_fingerprint(bank))
+
+
+def _trajectory(
+    pipe: Any,
+    reference: Reference,
+    seed: int,
+    guidance_scale: float | None,
+    labels: str,
+    options: dict[str, Any],
+) -> Trajectory:
+    given = reference.latents
+    if isinstance(given, Trajectory):
+        expected = timesteps_of(pipe, len(given))
+        if expected != given.timesteps.tolist():
+            raise ValueError("the trajectory was made for another scheduler: its timesteps differ")
+        return given
+    picture = reference.image if given is None else given
+    if picture is None:
+        guidance = SAMPLE_GUIDANCE if guidance_scale is None else guidance_scale
+        return ddim_sample(pipe, reference.prompt, seed=seed, guidance_scale=guidance, **options)
+    guidance = PICTURE_GUIDANCE if guidance_scale is None else guidance_scale
+    return ddim_invert(
+        pipe,
+        picture,
+        reference.prompt,
+        guidance_scale=guidance,
+        labels=labels,
+        **options,
+    )
+
+
+def _conditions(pipe: Any, prompts: Prompts, trajectory: Trajectory) -> dict[str, Tensor]:
+    found = {
+        "prompt_embeds": prompts.embeds,
+        "negative_prompt_embeds": prompts.negative_embeds,
+        "text_embeds": prompts.pooled,
+        "negative_text_embeds": prompts.negative_pooled,
+    }
+    if prompts.pooled is not None:
+        ids = time_ids(pipe, trajectory.height, trajectory.width)
+        found["time_ids"] = ids.expand(len(prompts.embeds), -1)
+    return {name: x.detach().cpu().contiguous() for name, x in found.items() if x is not None}
+
+
+def _fingerprint(bank: StyleBank) -> str:
+    """SHA-256 over everything a bank holds, and what it was made for."""
+    facts = [VERSION, bank.offset, [r.to_dict() for r in bank.references], dict(bank.metadata)]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    masks = {f"mask.{i}": r.mask for i, r in enumerate(bank.references)}
+    tensors = {"latents": bank.latents, "timesteps": bank.timesteps, **bank.conditions, **masks}
+    for name, x in sorted(tensors.items()):
+        if x is not None:
+            digest.update(f"{name}{list(x.shape)}{x.dtype}".encode())
+            digest.update(
+                x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
+    return digest.hexdigest()
+
+
+class ReferenceCallback:
+    """What `reference_callback` returns: a `callback_on_step_end`, and the latents to start
+    with."""
+
+    def __init__(self, trajectory: Trajectory, offset: int, row: int):
+        self.trajectory, self.offset, self.row = trajectory, offset, row
+
+    def initial(self, latents: Tensor) -> Tensor:
+        """The starting latents [n, C, h, w] with the reference's in its row."""
+        latents = latents.clone()
+        latents[self.row] = self.trajectory.latents[self.offset].to(latents)
+        return latents
+
+    def __call__(
+        self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        latents = callback_kwargs["latents"].clone()
+        timesteps = pipe.scheduler.timesteps
+        here, scale = len(self.trajectory), 1.0
+        if step + 1 < len(timesteps):
+            after = timesteps[step + 1]
+            seen = max(1, self.trajectory.step_of(float(after)))
+            here = self.trajectory.reference_index(seen, self.offset)
+            scale = _input_scale(pipe.scheduler, after)
+        latents[self.row] = self.trajectory.latents[here].to(latents) / scale
+        return {**callback_kwargs, "latents": latents}
+
+
+def reference_callback(
+    trajectory: Trajectory, *, offset: int = 5, row: int = 0
+) -> ReferenceCallback:
+    """StyleAligned's own way of transferring a picture: one row of the call is the reference, and
+    its latents are put back on their trajectory after every step.
+
+        keep = reference_callback(trajectory)
+        pipe([reference_prompt, *prompts], latents=keep.initial(latents), callback_on_step_end=keep)
+
+    For a style applied without a bank; the first picture that comes back is the reference's.
+
+    Args:
+        trajectory: the picture's, of `styleattn.inversion.ddim_invert`.
+        offset: step 0 sees z[offset], step i sees z[max(offset + 1, i)].
+        row: the reference's row.
+
+    Raises:
+        ValueError: an offset outside the trajectory.
+
+    Source: google/style-aligned, inversion.py, make_inversion_callback.
+    """
+    if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset < len(trajectory):
+        raise ValueError(f"offset must be one of 0..{len(trajectory) - 1}, got {offset!r}")
+    return ReferenceCallback(trajectory, offset, row)
+
+
+def _input_scale(scheduler: Any, timestep: Tensor) -> float:
+    """What the scheduler multiplies latents with before the denoiser sees them; 1 for DDIM."""
+    probe = copy.copy(scheduler)
+    for name in ("_step_index", "_begin_index"):
+        if hasattr(probe, name):
+            setattr(probe, name, None)
+    one = torch.ones(1, dtype=torch.float64, device=timestep.device)
+    return float(probe.scale_model_input(one, timestep))
