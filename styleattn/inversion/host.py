@@ -287,3 +287,23 @@ def fingerprint(module: torch.nn.Module) -> str:
             stride = max(1, flat.numel() // 64)
             digest.update(flat[::stride][:64].to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def decode_latents(pipe: Any, latents: Tensor) -> list[Image.Image]:
+    """The pictures of clean latents [n, C, h, w], decoded one by one in fp32: the reverse of
+    :func:`encode_picture`."""
+    config = pipe.vae.config
+    latents = latents.float() / config.scaling_factor
+    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is not None and std is not None:
+        shape = (1, -1, 1, 1)
+        latents = latents * latents.new_tensor(std).view(shape) + latents.new_tensor(mean).view(
+            shape
+        )
+    pictures = []
+    with _in_fp32(pipe.vae) as vae, torch.no_grad():
+        for row in latents.split(1):
+            pixels = vae.decode(row.to(device_of(pipe)), return_dict=False)[0][0]
+            scaled = ((pixels + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+            pictures.append(Image.fromarray(scaled.permute(1, 2, 0).numpy()))
+    return pictures

@@ -1,0 +1,333 @@
+"""The command line: ``styleattn demo | stylize | methods | explain | bank | doctor``.
+
+Every bad input ends in one line on stderr and exit code 2, with nothing half-written.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Style from a picture, into a batch of prompts, with diffusion models.",
+)
+bank_app = typer.Typer(no_args_is_help=True, help="References made ready once.")
+app.add_typer(bank_app, name="bank")
+
+Model = Annotated[str, typer.Option(help="tiny-sdxl, or a directory written by save_pretrained.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")]
+Variant = Annotated[str | None, typer.Option(help="Of the weight files, such as fp16.")]
+Scheduler = Annotated[str, typer.Option(help="ddim, or pipeline to keep the model's own.")]
+Offload = Annotated[bool, typer.Option(help="Keep only the part that computes on the device.")]
+Method = Annotated[str, typer.Option(help="See `styleattn methods`.")]
+Knobs = Annotated[list[str] | None, typer.Option("--set", help="knob=value of the method; repeat.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
+Size = Annotated[int | None, typer.Option(help="Pixels; the model's own size if not given.")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 2 refused, 130 interrupted."""
+    try:
+        result = app(
+            args=None if argv is None else list(argv), prog_name="styleattn", standalone_mode=False
+        )
+    except KeyboardInterrupt:
+        return _complain("interrupted; the same command goes on where it stopped", 130)
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        return _complain(message, 2)
+    return result if isinstance(result, int) else 0
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"styleattn: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _message(error: Exception) -> str | None:
+    """The line for an error that is the user's to solve; None for one that is ours."""
+    import torch
+
+    from styleattn.inversion import HostUnsupported
+
+    if hasattr(error, "format_message"):  # the command line parser's
+        return str(error.format_message()) or "missing command; see styleattn --help"
+    if type(error).__name__ == "Abort":
+        return "aborted"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory; try a smaller --batch-size or --offload ({error})"
+    if isinstance(error, OSError) and error.strerror:
+        return (
+            f"{error.filename}: {error.strerror}"
+            if error.filename
+            else f"cannot write: {error.strerror}"
+        )
+    if isinstance(error, (HostUnsupported, OSError, ValueError)):
+        return str(error)
+    return None
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on stderr: a function of (stage, done, total)."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def _load(options: Mapping[str, Any]) -> Any:
+    from styleattn.pipelines import load_model
+
+    names = ("device", "dtype", "variant", "scheduler", "offload")
+    return load_model(options["model"], **{name: options[name] for name in names})
+
+
+@app.command()
+def stylize(
+    model: Annotated[str | None, typer.Option(help="tiny-sdxl (default), or a directory.")] = None,
+    method: Annotated[str | None, typer.Option(help="See `styleattn methods`.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The picture whose style is wanted.")
+    ] = None,
+    reference_prompt: Annotated[str | None, typer.Option(help="What the reference shows.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A text file, one prompt a line.")] = None,
+    out: Annotated[str | None, typer.Option(help="The folder that is written.")] = None,
+    bank: Annotated[str | None, typer.Option(help="A bank, in place of --reference.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Picture i is drawn from seed + i.")] = None,
+    steps: Steps = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures at a time.")] = None,
+    score_shift: Annotated[float | None, typer.Option(help="More style above 0; log 2.")] = None,
+    score_scale: Annotated[float | None, typer.Option(help="0.5 for famous references.")] = None,
+    set_: Knobs = None,
+    config: Annotated[Path | None, typer.Option(help="YAML with any of these options.")] = None,
+    height: Size = None,
+    width: Size = None,
+    inversion_guidance: Annotated[float | None, typer.Option(help="Of the inversion.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Inversion: paper or consistent.")] = None,
+    offset: Annotated[
+        int | None, typer.Option(help="Steps the reference is ahead at first.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Of the attention; best if not given.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16.")] = None,
+    variant: Variant = None,
+    scheduler: Annotated[str | None, typer.Option(help="ddim, or pipeline: the model's.")] = None,
+    offload: Annotated[bool | None, typer.Option(help="Keep only what computes there.")] = None,
+) -> None:
+    """Make a picture per prompt in the style of a reference picture."""
+    given = {name: value for name, value in locals().items() if name not in ("config", "set_")}
+    from styleattn.pipelines.settings import Refused, merged
+
+    started = time.perf_counter()
+    options = merged(given, config)
+    for name in ("prompts", "out"):
+        if options[name] is None:
+            raise Refused(f"--{name} is missing")
+    sources = [options["reference"], options["bank"], options["reference_prompt"] or None]
+    if sources == [None] * 3:
+        raise Refused("no reference: give --reference, --bank or --reference-prompt")
+    if None not in sources[:2]:
+        raise Refused("--reference and --bank exclude each other")
+    _run_stylize(options, set_ or [], started)
+
+
+def _run_stylize(options: Mapping[str, Any], knobs: Sequence[str], started: float) -> None:
+    from styleattn.inversion import read_picture
+    from styleattn.pipelines import Inversion, Job, Sampling, run_folder
+    from styleattn.pipelines.settings import read_prompts, styled_method
+    from styleattn.references import StyleBank
+
+    prompts = read_prompts(Path(options["prompts"]))
+    reference = None if options["reference"] is None else read_picture(options["reference"])
+    bank = None if options["bank"] is None else StyleBank.load(options["bank"])
+    job = Job(
+        prompts=prompts,
+        reference_prompt=options["reference_prompt"],
+        method=styled_method(options, knobs),
+        sampling=Sampling(
+            options["steps"],
+            float(options["guidance"]),
+            options["negative_prompt"],
+            options["height"],
+            options["width"],
+        ),
+        inversion=Inversion(
+            float(options["inversion_guidance"]), options["labels"], options["offset"]
+        ),
+        seed=options["seed"],
+        batch_size=options["batch_size"],
+        backend=options["backend"],
+        model=options["model"],
+    )
+    pipe = _load(options)
+    with _progress() as report:
+        manifest = run_folder(
+            pipe,
+            job,
+            Path(options["out"]),
+            reference=reference,
+            bank=bank,
+            progress=report,
+            started=started,
+        )
+    made = sum(not picture["found"] for picture in manifest["pictures"])
+    seconds = manifest["seconds"]["all"]
+    print(f"{made} of {len(prompts)} pictures made in {seconds:.1f} s: {options['out']}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder that is written.")] = Path("out"),
+    seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
+    steps: Steps = None,
+    device: Device = "auto",
+) -> None:
+    """Show what it does, with the model in the package: prompts with and without style."""
+    from styleattn.pipelines import run_demo
+
+    started = time.perf_counter()
+    with _progress() as report:
+        path = run_demo(out, seed=seed, steps=steps, device=device, progress=report)
+    print(f"{path} in {time.perf_counter() - started:.1f} s")
+
+
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """List the methods and their knobs."""
+    from styleattn.methods import METHODS
+
+    knobs = {name: cls().to_dict() for name, cls in METHODS.items()}
+    if as_json:
+        print(json.dumps(knobs, indent=2))
+        return
+    for name, cls in METHODS.items():
+        print(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
+        for knob, value in knobs[name].items():
+            if knob != "method":
+                print(f"    {knob} = {json.dumps(value)}")
+
+
+@app.command()
+def explain(
+    model: Model = "tiny-sdxl",
+    method: Method = "style_aligned",
+    set_: Knobs = None,
+    backend: Annotated[str | None, typer.Option(help="Of the attention.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    variant: Variant = None,
+) -> None:
+    """Show, layer by layer, what a method does to a model, on which backend, and why."""
+    from styleattn.pipelines import load_model
+    from styleattn.pipelines.settings import make_method
+    from styleattn.processors import apply
+
+    chosen = make_method(method, set_ or [])
+    pipe = load_model(model, device=device, dtype=dtype, variant=variant)
+    with apply(pipe, chosen, backend=backend) as handle:
+        print(handle.explain())
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> int:
+    """Say what can run here, and what keeps the rest from running; exit code 1 if something is
+    broken."""
+    from styleattn.pipelines.doctor import examine
+
+    checks = examine()
+    if as_json:
+        print(json.dumps([check._asdict() for check in checks], indent=2))
+    else:
+        for check in checks:
+            print(f"{check.state:<7} {check.name}: {check.text}")
+    return int(any(check.state == "broken" for check in checks))
+
+
+@bank_app.command("build")
+def bank_build(
+    reference: Annotated[str, typer.Option(help="The picture.")],
+    out: Annotated[Path, typer.Option(help="The bank that is written (.safetensors).")],
+    reference_prompt: Annotated[str, typer.Option(help="What it shows.")] = "",
+    model: Model = "tiny-sdxl",
+    steps: Steps = None,
+    inversion_guidance: Annotated[float | None, typer.Option(help="Of the inversion.")] = None,
+    labels: Annotated[str, typer.Option(help="paper or consistent.")] = "paper",
+    offset: Annotated[int | None, typer.Option(help="Steps it is ahead at first.")] = None,
+    check: Annotated[bool, typer.Option(help="Also sample back and report the error.")] = False,
+    height: Size = None,
+    width: Size = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    variant: Variant = None,
+    scheduler: Scheduler = "ddim",
+) -> None:
+    """Invert a picture once, for `stylize --bank`; an interrupted build goes on where it
+    stopped."""
+    from styleattn.inversion import read_picture
+    from styleattn.pipelines import Inversion, Sampling, build_bank_file, load_model
+    from styleattn.pipelines.settings import merged
+
+    picture = read_picture(reference)
+    options = merged(
+        {"model": model, "steps": steps, "inversion_guidance": inversion_guidance}, None
+    )
+    sampling = Sampling(options["steps"], height=height, width=width)
+    inversion = Inversion(float(options["inversion_guidance"]), labels, offset)
+    pipe = load_model(model, device=device, dtype=dtype, variant=variant, scheduler=scheduler)
+    with _progress() as report:
+        facts = build_bank_file(
+            pipe, picture, reference_prompt, out, sampling, inversion, check=check, progress=report
+        )
+    print(json.dumps(facts, indent=2, ensure_ascii=False, default=str))
+
+
+@bank_app.command("inspect")
+def bank_inspect(file: Annotated[Path, typer.Argument(help="A bank.")]) -> None:
+    """Say what is in a bank."""
+    from styleattn.pipelines import bank_facts
+    from styleattn.references import StyleBank
+
+    facts = bank_facts(StyleBank.load(file))
+    print(json.dumps(facts, indent=2, ensure_ascii=False, default=str))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""End-to-end recipes: what needs more than switching a method on."""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "banks": ("bank_facts", "build_bank_file"),
+    "demo": ("run_demo",),
+    "folder": ("Job", "run_folder"),
+    "models": ("ModelRefused", "load_model", "use_ddim"),
+    "multidiffusion": ("Panorama", "panorama"),
+    "sheet": ("Cell", "contact_sheet"),
+    "style_aligned": (
+        "TRANSFER",
+        "Inversion",
+        "Sampling",
+        "controlled",
+        "generate",
+        "make_bank",
+        "make_trajectory",
+        "transfer",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+# Imported at first use: diffusers comes with them.
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'styleattn.pipelines' has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,103 @@
+"""The demonstration: the embedded model, a few references, prompts with and without their style."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from styleattn.inversion.files import write_atomic, write_json
+
+from .models import TINY, load_model, versions
+from .settings import DEFAULTS, TINY_DEFAULTS
+from .sheet import Cell, contact_sheet
+from .style_aligned import TRANSFER, Inversion, Sampling, generate, make_trajectory, transfer
+
+SHEET, FACTS = "demo.png", "demo.json"
+_REFERENCES = 3
+
+
+def run_demo(
+    out: Path,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    device: str = "auto",
+    progress: Callable[[str, int, int], object] = lambda stage, done, total: None,
+) -> Path:
+    """Write ``out/demo.png``: one row of prompts without style, then one row for each reference
+    picture.
+
+    Every column starts from the same noise, so that only the reference differs. ``out/demo.json``
+    says how it was made.
+
+    Args:
+        seed: picture i is drawn from ``seed + i``.
+        steps: None for what suits the model.
+        progress: called with (stage, done, total), in denoising steps.
+
+    Returns:
+        the path of the picture.
+
+    Raises:
+        OSError: the folder cannot be written.
+        ModelRefused: the embedded model is damaged, or there is no such device.
+    """
+    from styleattn import tiny
+
+    settings = {**DEFAULTS, **TINY_DEFAULTS}
+    sampling = Sampling(steps or settings["steps"], float(settings["guidance"]))
+    inversion = Inversion(float(settings["inversion_guidance"]), settings["labels"])
+    out.mkdir(parents=True, exist_ok=True)
+    facts: dict[str, Any] = {"seed": seed, "steps": sampling.num_inference_steps}
+    write_json(out / FACTS, {**facts, "complete": False})
+    started = time.perf_counter()
+    pipe = load_model(TINY, device=device)
+    prompts, references = list(tiny.prompts()), list(tiny.references())[:_REFERENCES]
+    total = sampling.num_inference_steps * (1 + 2 * len(references))
+    base = 0
+
+    def report(done: int, _: int) -> None:
+        progress("demo", base + done, total)
+
+    plain = generate(pipe, prompts, range(seed, seed + len(prompts)), sampling, callback=report)
+    rows = [_row(Cell(label="without style"), prompts, plain)]
+    for reference in references:
+        base += sampling.num_inference_steps
+        trajectory = make_trajectory(
+            pipe, reference.image, reference.prompt, sampling, inversion, callback=report
+        )
+        base += sampling.num_inference_steps
+        styled = transfer(
+            pipe,
+            trajectory,
+            prompts,
+            method=TRANSFER,
+            sampling=sampling,
+            inversion=inversion,
+            seed=seed,
+            batch_size=len(prompts),
+            callback=report,
+        )
+        rows.append(_row(Cell(reference.image, f"reference: {reference.name}"), prompts, styled))
+    buffer = io.BytesIO()
+    contact_sheet(rows, title="styleattn: prompts in the style of a picture").save(buffer, "PNG")
+    write_atomic(out / SHEET, lambda stream: stream.write(buffer.getvalue()))
+    facts |= {
+        "complete": True,
+        "prompts": prompts,
+        "references": [{"name": r.name, "prompt": r.prompt} for r in references],
+        "method": TRANSFER.to_dict(),
+        "versions": versions(),
+        "seconds": time.perf_counter() - started,
+    }
+    write_json(out / FACTS, facts)
+    return out / SHEET
+
+
+def _row(first: Cell, prompts: list[str], pictures: list[Image.Image]) -> list[Cell]:
+    return [first, *(Cell(picture, p) for p, picture in zip(prompts, pictures, strict=True))]

@@ -1,0 +1,140 @@
+"""What the command line takes: prompts, knobs and settings, each checked, each refusal one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import log
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from styleattn.methods import METHODS
+
+TINY = "tiny-sdxl"
+
+
+class Refused(ValueError):
+    """Something the user asked for that cannot be done; one line says what."""
+
+
+# What counts is the command line, then --config, then what suits the embedded model, then these:
+# the paper's settings for transfer from a picture.
+DEFAULTS: dict[str, Any] = {
+    "model": TINY,
+    "method": "style_aligned",
+    "reference": None,
+    "reference_prompt": "",
+    "prompts": None,
+    "out": None,
+    "bank": None,
+    "seed": 0,
+    "steps": 50,
+    "guidance": 10.0,
+    "negative_prompt": None,
+    "batch_size": 4,
+    "score_shift": None,
+    "score_scale": None,
+    "height": None,
+    "width": None,
+    "inversion_guidance": 2.0,
+    "labels": "paper",
+    "offset": None,
+    "backend": None,
+    "device": "auto",
+    "dtype": "auto",
+    "variant": None,
+    "scheduler": "ddim",
+    "offload": False,
+}
+TINY_DEFAULTS: dict[str, Any] = {"steps": 30, "guidance": 3.0, "inversion_guidance": 1.0}
+_NUMBERS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("seed", "steps", "batch_size", "height", "width", "offset"), (int,)),
+    **dict.fromkeys(("guidance", "score_shift", "score_scale", "inversion_guidance"), (int, float)),
+    "offload": (bool,),
+}
+
+
+def merged(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
+    """Command line over configuration file over defaults, every value of the right kind."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    written = _read_config(config, DEFAULTS)
+    knobs = written.pop("set", {})
+    if not isinstance(knobs, dict):
+        raise Refused(f"{config}: set must be a mapping of knobs")
+    for name, value in written.items():
+        kinds = _NUMBERS.get(name, (str,))
+        right = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+        if value is not None and not right:
+            raise Refused(f"{config}: {name} must be of type {kinds[-1].__name__}, got {value!r}")
+    model = chosen.get("model") or written.get("model") or DEFAULTS["model"]
+    own = TINY_DEFAULTS if model == TINY else {}
+    return {**DEFAULTS, **own, **written, **chosen, "knobs": knobs}
+
+
+def styled_method(options: Mapping[str, Any], knobs: Sequence[str]) -> Any:
+    """The method of the options; StyleAligned starts from the paper's setting for transfer."""
+    name = options["method"]
+    base: dict[str, Any] = {"shared_score_shift": log(2)} if name == "style_aligned" else {}
+    base.update(options["knobs"])
+    for option, knob in (
+        ("score_shift", "shared_score_shift"),
+        ("score_scale", "shared_score_scale"),
+    ):
+        if options[option] is not None:
+            base[knob] = float(options[option])
+    return make_method(name, knobs, base)
+
+
+def make_method(name: str, knobs: Sequence[str], base: Mapping[str, Any] | None = None) -> Any:
+    """The method of that name with ``knob=value`` settings; values are YAML."""
+    if name not in METHODS:
+        raise Refused(f"unknown method {name!r}; there are {', '.join(METHODS)}")
+    settings = dict(base or {})
+    for knob in knobs:
+        key, equals, value = knob.partition("=")
+        if not equals or not key.strip():
+            raise Refused(f"--set takes knob=value, got {knob!r}")
+        try:
+            settings[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise Refused(f"--set {key}: {value!r} is not a value ({error})") from error
+    try:
+        return METHODS[name].from_dict(settings)
+    except TypeError as error:
+        raise Refused(f"method {name}: {error}") from error
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts of a text file, one a line; empty lines and lines that start with # do not
+    count."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refused(f"{path} is not a UTF-8 text file") from error
+    lines = (line.strip() for line in text.splitlines())
+    prompts = tuple(line for line in lines if line and not line.startswith("#"))
+    if not prompts:
+        raise Refused(f"{path} has no prompts: one a line is expected")
+    return prompts
+
+
+def _read_config(path: Path | None, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a YAML file; only known names."""
+    if path is None:
+        return {}
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refused(f"{path} is not YAML: {error}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise Refused(f"{path} must hold a mapping of settings, not a {type(data).__name__}")
+    settings = {str(name).replace("-", "_"): value for name, value in data.items()}
+    unknown = sorted(set(settings) - set(known) - {"set"})
+    if unknown:
+        raise Refused(
+            f"{path} has unknown settings {', '.join(unknown)}; known are {', '.join(known)}, set"
+        )
+    return settings
