@@ -1,0 +1,69 @@
+"""Peak memory of shared attention with a score shift: linear in the number of tokens, and close to
+plain attention's."""
+
+import subprocess
+import sys
+
+import pytest
+
+import styleattn
+
+SCRIPT = """
+import resource, sys
+import torch
+import styleattn
+
+kind, tokens = sys.argv[1], int(sys.argv[2])
+q, k, v = (torch.randn(4, tokens, 10, 64).transpose(1, 2) for _ in range(3))
+rows = torch.tensor([0, 0, 2, 2])
+
+
+def call(q, k, v):
+    if kind == "plain":
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    return styleattn.shared_attention(q, k, v, reference_rows=rows, score_shift=0.6931,
+    backend=kind)
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+call(*(x[:, :, :64] for x in (q, k, v)))
+before = peak()
+out = call(q, k, v)
+print(4 * q.numel() * q.element_size(), peak() - before - out.numel() * out.element_size())
+"""
+
+
+def measured(kind, tokens):
+    """(bytes of query, key, value and output, further bytes at the peak) in a process of its
+    own."""
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, kind, str(tokens)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    tensors, more = (int(x) for x in run.stdout.split())
+    return tensors, max(more, 0)
+
+
+cpu = pytest.mark.skipif("cpu" not in styleattn.backends(), reason="needs the compiled extension")
+
+
+@cpu
+@pytest.mark.slow
+def test_peak_is_that_of_plain_attention():
+    tensors, plain = measured("plain", 4096)
+    _, ours = measured("cpu", 4096)
+    assert tensors + ours <= 1.3 * (tensors + plain)
+    logits = 4 * 10 * 4096 * 8192 * 4
+    assert tensors + ours < logits / 20
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=cpu)])
+def test_peak_is_linear_in_tokens(backend):
+    (small_tensors, small), (tensors, more) = measured(backend, 512), measured(backend, 2048)
+    assert tensors == 4 * small_tensors
+    assert more <= 6 * small + 16 * 2**20
