@@ -2,7 +2,6 @@
 gradients, torch.compile."""
 
 import math
-import os
 
 import pytest
 import torch
@@ -100,11 +99,7 @@ def test_grid(backend, dtype, mixture, shape):
 
 
 @backends
-@settings(
-    max_examples=int(os.environ.get("STYLEATTN_FUZZ", "100")),
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(spec=calls)
 def test_any_combination(backend, spec):
     query, call, scale = spec.build()

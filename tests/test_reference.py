@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from oracles import (
     definition,
     official_ip_adapter,
@@ -18,7 +18,6 @@ import styleattn
 from styleattn.testing import cast, exact, features
 
 
-@settings(max_examples=60, deadline=None)
 @given(spec=calls)
 def test_reference_is_the_definition(spec):
     query, branches, scale = spec.build()
