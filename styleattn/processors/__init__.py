@@ -15,6 +15,7 @@ from styleattn.methods import METHODS, Method
 from styleattn.references import StyleBank
 
 from . import unet
+from ._attention import CONTROLLER
 from ._caller import from_layout, unwrapped
 from ._controller import Controller
 from ._explain import Explanation, LayerReport, explanation
@@ -190,7 +191,7 @@ def paused(pipe_or_model: Any) -> Any:
 
 
 def _controller(model: torch.nn.Module) -> Controller | None:
-    return model.__dict__.get("_styleattn")
+    return model.__dict__.get(CONTROLLER)
 
 
 def _resolve(pipe_or_model: Any) -> tuple[Any, Any, Any]:

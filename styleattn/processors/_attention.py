@@ -21,6 +21,9 @@ STATE = "_styleattn"
 """Attribute of an `Attention` module that holds its `Site`: outlives processors that are made
 anew."""
 
+CONTROLLER = "_styleattn_controller"
+"""Attribute of a styled model that holds its `Controller`."""
+
 _SCALED = tuple(
     getattr(host, name)
     for name in ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")

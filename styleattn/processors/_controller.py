@@ -19,7 +19,7 @@ from styleattn.methods._base import Number, off
 from styleattn.references import Reference, StyleBank, always, weight_at, weight_tensor
 
 from . import _caller
-from ._attention import REPLACEABLE, STATE, Site, StyleAttnProcessor
+from ._attention import CONTROLLER, REPLACEABLE, STATE, Site, StyleAttnProcessor
 from ._caller import Caller
 from ._rows import RESIDUALS, RowMaker, named, without_control
 
@@ -284,7 +284,7 @@ class Controller:
                 self._hooks.append(module.register_forward_hook(self.norm))
             self._hooks.append(model.register_forward_pre_hook(self.before, with_kwargs=True))
             self._hooks.append(model.register_forward_hook(self.after))
-            model._styleattn = self  # type: ignore[assignment]
+            model._styleattn_controller = self  # type: ignore[assignment]
         except BaseException:
             self.uninstall(model)
             raise
@@ -310,8 +310,8 @@ class Controller:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if model.__dict__.get(STATE) is self:
-            del model._styleattn
+        if model.__dict__.get(CONTROLLER) is self:
+            del model._styleattn_controller
 
     def update(self, method: Method) -> None:
         """Take over new numbers of a method in place.

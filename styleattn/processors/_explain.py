@@ -9,7 +9,7 @@ import torch
 
 from styleattn.backends import PREFERENCE, reasons_against, resolve
 
-from ._attention import STATE, StyleAttnProcessor
+from ._attention import CONTROLLER, STATE, StyleAttnProcessor
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Explanation:
 
 def explanation(model: Any) -> Explanation:
     """The table of one denoiser."""
-    controller = model.__dict__.get(STATE)
+    controller = model.__dict__.get(CONTROLLER)
     rows = []
     for key in model.attn_processors:
         name = key.removesuffix(".processor")

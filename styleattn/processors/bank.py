@@ -80,15 +80,7 @@ def build_bank(
             for i, r in enumerate(chosen)
         ]
     first = trajectories[0]
-    for i, other in enumerate(trajectories):
-        same = torch.equal(other.timesteps, first.timesteps)
-        if not same or other.latents.shape != first.latents.shape:
-            raise ValueError(
-                f"reference {i} has {len(other)} steps of {list(other.latents.shape[1:])},"
-                " reference 0"
-                f" {len(first)} of {list(first.latents.shape[1:])}; the references of a bank share"
-                " both"
-            )
+    _check_alike(trajectories)
     if offset is None:
         as_printed = all(t.method == "ddim" and t.labels == "paper" for t in trajectories)
         offset = min(PAPER_OFFSET, len(first) - 1) if as_printed else 0
@@ -111,6 +103,17 @@ def build_bank(
     latents = torch.stack([t.latents for t in trajectories])
     bank = StyleBank(latents, first.timesteps, conditions, kept, offset, "", facts)
     return replace(bank, fingerprint=_fingerprint(bank))
+
+
+def _check_alike(trajectories: Sequence[Trajectory]) -> None:
+    """The references of a bank have the same timesteps and the same size."""
+    found = [(t.timesteps.tolist(), list(t.latents.shape[1:])) for t in trajectories]
+    for i, (steps, shape) in enumerate(found):
+        if (steps, shape) != found[0]:
+            raise ValueError(
+                f"the references of a bank share timesteps and size; reference {i} has"
+                f" {len(steps)} steps of {shape}, reference 0 {len(found[0][0])} of {found[0][1]}"
+            )
 
 
 def _trajectory(
