@@ -1,0 +1,280 @@
+"""The fused attention kernel: any branches and segments of the operation in one launch, K and V read once, untransformed.
+
+One program owns one tile of queries of one (batch row, head). Per branch it runs flash attention over each segment in turn.
+What distinguishes segments is paid for at their boundaries only: the folded query tile, the logit scale and the bias (the
+running maximum is shifted into the segment's frame and back), and the value affine (on the accumulator). The loop over keys
+is that of plain attention, rotated by hand: the products of the next step are issued before the softmax of this one, and V
+is loaded after the softmax; the ragged last step is peeled and is the only one that masks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .decoupled import decoupled_kernel
+from .planning import Launch, arch_of, plan, reasons
+from .primitives import (
+    LOG2E,
+    UNREACHABLE,
+    add_tiles,
+    dot_pv,
+    dot_qk,
+    empty_state,
+    finish,
+    fold_query,
+    load_blended,
+    map_values,
+    measure,
+    merge_states,
+    number_at,
+    number_rows,
+    scale_rows,
+    store_tile,
+    zero_tile,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from ..branch import Branch
+
+
+@triton.jit
+def _key_bias(segment, row, start, n, keep):
+    """[N] in log2 units: the key bias, -inf where a column is not to be kept (keep None: all are); or None."""
+    if segment.key_bias is None:
+        if keep is None:
+            return None
+        else:
+            return tl.where(keep, 0.0, -float("inf"))
+    else:
+        at = segment.key_bias + row * segment.key_bias_stride + start + n
+        if keep is None:
+            return tl.load(at) * LOG2E
+        else:
+            return tl.load(at, mask=keep, other=-float("inf")) * LOG2E
+
+
+@triton.jit
+def _accumulate(acc, total, step, segment, blend, row, b, h, start, n, valid, D: tl.constexpr):
+    """Second half of a softmax step: exponentials, then their values. V is loaded after them in
+    source order: a wait for it in front would end their overlap with the next products."""
+    exponents, decay = step
+    p = tl.math.exp2(exponents)
+    total = total * decay + tl.sum(p, 1)
+    acc = scale_rows(acc, decay)
+    v = load_blended(segment.value, segment.own_value, blend, row, b, h, start, n, valid, D)
+    return dot_pv(p, v, acc), total
+
+
+@triton.jit
+def _products(q, segment, blend, row, b, h, start, n, valid, D: tl.constexpr):
+    """[M, N]: raw products with the keys from `start` on."""
+    return dot_qk(
+        q, load_blended(segment.key, segment.own_key, blend, row, b, h, start, n, valid, D)
+    )
+
+
+@triton.jit
+def _attend(state, q, scale, segment, row, b, h, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Flash attention over one segment. state: (accumulator, sum [M], running maximum [M])."""
+    acc, total, top = state
+    n = tl.arange(0, BLOCK_N)
+    blend = 1.0
+    if segment.own_key is not None:
+        blend = number_at(segment.blend, b)
+    if segment.single is not None:
+        valid = n < segment.length
+        s = _products(q, segment, blend, row, b, h, 0, n, valid, D)
+        masks = _key_bias(segment, row, 0, n, valid)
+        exponents, decay, top = measure(s, top, scale, masks)
+        step = (exponents, decay)
+        acc, total = _accumulate(acc, total, step, segment, blend, row, b, h, 0, n, valid, D)
+    else:
+        # the last step is moved back to end with the segment: every load is full, and it skips
+        # the columns that were seen before
+        full = (segment.length - 1) // BLOCK_N
+        last = segment.length - BLOCK_N
+        s = _products(q, segment, blend, row, b, h, 0, n, None, D)
+        exponents, decay, top = measure(s, top, scale, _key_bias(segment, row, 0, n, None))
+        for i in tl.range(1, full):
+            at = i * BLOCK_N
+            s = _products(q, segment, blend, row, b, h, at, n, None, D)
+            step = (exponents, decay)
+            acc, total = _accumulate(
+                acc, total, step, segment, blend, row, b, h, at - BLOCK_N, n, None, D
+            )
+            exponents, decay, top = measure(s, top, scale, _key_bias(segment, row, at, n, None))
+        s = _products(q, segment, blend, row, b, h, last, n, None, D)
+        step = (exponents, decay)
+        before = (full - 1) * BLOCK_N
+        acc, total = _accumulate(acc, total, step, segment, blend, row, b, h, before, n, None, D)
+        masks = _key_bias(segment, row, last, n, n + last >= full * BLOCK_N)
+        exponents, decay, top = measure(s, top, scale, masks)
+        step = (exponents, decay)
+        acc, total = _accumulate(acc, total, step, segment, blend, row, b, h, last, n, None, D)
+    return acc, total, top
+
+
+@triton.jit
+def _segment(state, branch, segment, row, place, scale2, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One segment with its boundaries: fold the query, shift the maximum to its frame and back."""
+    b, h, _, start, m, valid = place
+    factor = scale2 * number_at(segment.logit_scale, b)
+    q, scale, shift = fold_query(branch, segment, place, factor, D)
+    acc, total, top = state
+    if segment.logit_bias.stride_l is None:
+        shift += number_at(segment.logit_bias, b) * LOG2E
+        state = (acc, total, top - shift)
+        acc, total, top = _attend(state, q, scale, segment, row, b, h, D, BLOCK_N)
+        top += shift
+    else:
+        # a bias per query may be -inf: such a row runs with scale 0 below an unreachable maximum,
+        # and adds exactly nothing
+        bias = number_rows(segment.logit_bias, b, start + m, valid)
+        dead = bias == -float("inf")
+        shift += bias * LOG2E
+        before = top
+        state = (acc, total, tl.where(dead, UNREACHABLE, top - shift))
+        scale = tl.where(dead, 0.0, scale)
+        acc, total, top = _attend(state, q, scale, segment, row, b, h, D, BLOCK_N)
+        top = tl.where(dead, before, top + shift)
+    return acc, total, top
+
+
+@triton.jit
+def _mapped_segment(
+    state, branch, segment, row, place, scale2, FIRST: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A segment and its value affine, which touches what this segment accumulated: either it is the
+    FIRST of its branch (free), or it accumulates on its own and is merged."""
+    if segment.value_map is None:
+        state = _segment(state, branch, segment, row, place, scale2, D, BLOCK_N)
+    else:
+        at = place[2] * D
+        if FIRST:
+            acc, total, top = _segment(state, branch, segment, row, place, scale2, D, BLOCK_N)
+            state = (map_values(acc, total, segment.value_map, at, D), total, top)
+        else:
+            fresh = empty_state(state[1].shape[0], D)
+            acc, total, top = _segment(fresh, branch, segment, row, place, scale2, D, BLOCK_N)
+            acc = map_values(acc, total, segment.value_map, at, D)
+            state = merge_states(state, (acc, total, top))
+    return state
+
+
+@triton.jit
+def _branch(branch, place, scale2, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(accumulator, sum, maximum) of all segments of a branch under one softmax."""
+    state = empty_state(BLOCK_M, D)
+    b = place[0]
+    for i in tl.static_range(len(branch.segments)):
+        segment = branch.segments[i]
+        if segment.rows is None and segment.logit_bias.pointer is None and i == 0:
+            # row b, or row 0 where the host has set the batch stride to 0
+            state = _mapped_segment(state, branch, segment, b, place, scale2, i == 0, D, BLOCK_N)
+        else:
+            row = b
+            if segment.rows is not None:
+                row = tl.load(segment.rows + b).to(tl.int64)
+            alive = row >= 0
+            if segment.logit_bias.stride_l is None:
+                alive = alive & (number_at(segment.logit_bias, b) > -float("inf"))
+            if alive:
+                state = _mapped_segment(
+                    state, branch, segment, row, place, scale2, i == 0, D, BLOCK_N
+                )
+    return state
+
+
+@triton.jit
+def attention_kernel(
+    out, lse, branches, order, H, L, scale2,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out [B, H, L, D] in BLHD memory; lse [G, B, H, L]. Grid: (query tiles, heads, batch rows).
+
+    scale2: softmax scale * log2(e). order: [B] batch rows, the most work first, or None.
+    """
+    b = tl.program_id(2)
+    if order is not None:
+        b = tl.load(order + b)
+    b = b.to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_M
+    m = tl.arange(0, BLOCK_M)
+    valid = start + m < L
+    place = (b, h, b * H + h, start, m, valid)
+    batch = tl.num_programs(2).to(tl.int64)
+    result = zero_tile(BLOCK_M, D)
+    for g in tl.static_range(len(branches)):
+        branch = branches[g]
+        acc, total, top = _branch(branch, place, scale2, D, BLOCK_M, BLOCK_N)
+        logsum, factor = finish(total, top, branch.null_keys)
+        at = ((g * batch + b) * H + h) * L + start
+        tl.store(lse + at + m, logsum, mask=valid)
+        if branch.weight is not None:
+            weight = number_rows(branch.weight, b, start + m, valid)
+            result = add_tiles(result, scale_rows(acc, factor * weight))
+    at = ((b * L + start) * H + h) * D
+    store_tile(out + at, H * D, m, valid, result, D)
+
+
+def unsupported_reasons(query: Tensor, branches: tuple[Branch, ...]) -> list[str]:
+    """Every reason why these kernels cannot run a (normalised) call; empty when they can.
+
+    Reads shapes, dtypes and devices only: no synchronisation.
+    """
+    return reasons(query, branches)
+
+
+def launch_of(
+    query: Tensor,
+    branches: Sequence[Branch],
+    softmax_scale: float,
+    out: Tensor,
+    lse: Tensor,
+    arch: str,
+) -> Launch:
+    """The launch of a normalised call on an architecture of the configuration table; nothing is started."""
+    kernels = {"attention": attention_kernel, "decoupled": decoupled_kernel}
+    return plan(kernels.__getitem__, query, branches, softmax_scale, out, lse, arch)
+
+
+def attention_forward(
+    query: Tensor, branches: tuple[Branch, ...], softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """The whole operation in one launch.
+
+        out = sum_g w_g * softmax over all keys of branch g (logit) . V'
+
+    Args:
+        query: [B, H, L, D] fp32, fp16 or bf16; D <= 256.
+        branches: normalised.
+        softmax_scale: sigma.
+
+    Returns:
+        out [B, H, L, D] in the query's dtype, laid out [B, L, H, D]; lse [branches, B, H, L] fp32, natural logarithm.
+        The softmax, the folds and both accumulators are fp32; fp32 inputs are multiplied exactly.
+
+    Raises:
+        ValueError: where `unsupported_reasons` has any.
+    """
+    arch = arch_of(query)
+    if arch is None:
+        raise ValueError(f"triton: {'; '.join(reasons(query, branches))}")
+    batch, heads, length, dim = query.shape
+    out = torch.empty(batch, length, heads, dim, dtype=query.dtype, device=query.device).transpose(
+        1, 2
+    )
+    lse = torch.empty(len(branches), batch, heads, length, dtype=torch.float32, device=query.device)
+    if batch:
+        launch_of(query, branches, softmax_scale, out, lse, arch).run(query.device)
+    return out, lse
