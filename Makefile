@@ -46,8 +46,9 @@ format: setup
 fuzz: setup
 	$(RUN)python -m pytest -m hypothesis --hypothesis-profile=fuzz
 
+# ARGS: see `make bench ARGS=--help`
 bench: setup
-	$(RUN)python -m pytest benchmarks --benchmark-only
+	$(RUN)python benchmarks/run.py $(ARGS)
 
 dist: setup
 	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
