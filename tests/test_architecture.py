@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "processors": _HOSTS,
     "inversion": _CORE,
     "tiny": _HOSTS,
-    "pipelines": _HOSTS | {"tiny"},
+    "pipelines": _HOSTS | {"tiny", "styleattn"},
     "cli": _HOSTS | {"tiny", "pipelines", "testing", "styleattn"},
     "styleattn": _HOSTS,  # the package's __init__
 }
