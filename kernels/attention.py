@@ -139,7 +139,7 @@ def _segment(state, branch, segment, row, place, scale2, D: tl.constexpr, BLOCK_
         # and adds exactly nothing
         bias = number_rows(segment.logit_bias, b, start + m, valid)
         dead = bias == -float("inf")
-        shift += bias * LOG2E
+        shift += tl.where(dead, 0.0, bias) * LOG2E
         before = top
         state = (acc, total, tl.where(dead, UNREACHABLE, top - shift))
         scale = tl.where(dead, 0.0, scale)

@@ -380,11 +380,12 @@ def fold_query(branch, segment, place, factor, D: tl.constexpr):
 @triton.jit
 def flip_tile(q, factor):
     """-q where the factor is negative: the running maximum needs a scale >= 0; a sign is exact."""
-    low = tl.where(factor < 0, -q[0], q[0])
+    sign = tl.where(factor < 0, -1.0, 1.0)
+    low = (q[0].to(tl.float32) * sign).to(q[0].dtype)
     if len(q) == 1:
         return (low,)
     else:
-        return (low, tl.where(factor < 0, -q[1], q[1]))
+        return (low, (q[1].to(tl.float32) * sign).to(q[1].dtype))
 
 
 @triton.jit
@@ -428,8 +429,10 @@ def finish(total, top, null_keys):
         factor = tl.math.exp2(top - new)
         total = total * factor + null_keys * tl.math.exp2(-new)
         top = new
-    lse = tl.where(total == 0.0, -float("inf"), (top + tl.math.log2(total)) * LN2)
-    return lse, tl.where(total == 0.0, 0.0, factor / total)
+    none = total == 0.0
+    total = tl.where(none, 1.0, total)
+    lse = tl.where(none, -float("inf"), (top + tl.math.log2(total)) * LN2)
+    return lse, tl.where(none, 0.0, factor / total)
 
 
 @triton.jit
