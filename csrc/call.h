@@ -39,6 +39,7 @@ struct Source {
   int64_t length, padded, slots;        // padded: length rounded up to whole vectors
   int64_t key_offset, value_offset;     // into the workspace, in elements
   int64_t key_stride, value_stride;     // per (slot, head), in elements
+  int64_t center_offset, center_stride; // a typical key, [dim] fp32; likewise in elements, only where operands are rounded
 };
 
 struct SegmentCall {

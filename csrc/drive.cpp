@@ -79,6 +79,8 @@ class Plan {
       next += s.key_stride * s.slots * heads;
       s.value_offset = next;
       next += s.value_stride * s.slots * heads;
+      s.center_offset = next;
+      next += s.center_stride * s.slots * heads;
     }
     return next * layout_.element_size;
   }
@@ -131,6 +133,9 @@ class Plan {
     const int64_t line = ALIGN / layout_.element_size;
     s.key_stride = round_up(s.padded * round_up(call_.dim, layout_.pair), line);
     s.value_stride = round_up(s.padded * round_up(call_.dim, layout_.width), line);
+    if (layout_.pair == 2) {
+      s.center_stride = round_up(round_up(call_.dim, layout_.width) * int64_t(sizeof(float)) / layout_.element_size, line);
+    }
     fill_bias(d, s);
     s.key_rows = d.key_rows.data();
     s.own_rows = d.own_rows.data();

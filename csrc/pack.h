@@ -64,7 +64,7 @@ static void convert_row(const float* x, int64_t n, typename Dot::Element* out) {
   for (int64_t d = 0; d < n; d += Vec::width) Dot::store(out + d, Vec::load(x + d));
 }
 
-// Keys and values begin .. end - 1; masked ones become zeros, so that whatever they hold (NaN too) cannot reach a result.
+// Keys and values begin .. end - 1, and from the first of them the mean key (see Tile::add_row_terms); masked ones become zeros, so that whatever they hold (NaN too) cannot reach a result.
 template <class Dot>
 static void pack(const Call& call, const Source& source, int64_t slot, int64_t head, int64_t begin, int64_t end, char* scratch) {
   typedef typename Dot::Element Element;
@@ -76,6 +76,10 @@ static void pack(const Call& call, const Source& source, int64_t slot, int64_t h
   Element* keys = (Element*)call.workspace + source.key_offset + at * source.key_stride;
   Element* values = (Element*)call.workspace + source.value_offset + at * source.value_stride;
   const float* bias = source.key_bias ? source.key_bias + slot * source.padded : nullptr;
+  const bool centered = Dot::pair == 2 && begin == 0;
+  float* center = (float*)((Element*)call.workspace + source.center_offset + at * source.center_stride);
+  int seen = 0;
+  if (centered) memset(center, 0, wide * sizeof(float));
   for (int64_t block = begin; block < end; block += BLOCK_KEYS) {
     const int count = int(source.length - block < BLOCK_KEYS ? source.length - block : BLOCK_KEYS);
     const int padded = int(round_up(count, Vec::width)), steps = int(round_up(count, Dot::pair) / Dot::pair);
@@ -85,6 +89,10 @@ static void pack(const Call& call, const Source& source, int64_t slot, int64_t h
       const bool live = j < count && !(bias && bias[block + j] == -INFINITY);
       if (live) source_row(call, source, source.key, source.own_key, slot, head, block + j, row, other);
       else memset(row, 0, wide * sizeof(float));
+      if (centered && live) {
+        for (int64_t d = 0; d < wide; d += Vec::width) Vec::store(center + d, Vec::add(Vec::load(center + d), Vec::load(row + d)));
+        ++seen;
+      }
       convert_row<Dot>(row, wide, element);
       scatter_key<Dot>(element, depth, padded / Vec::width, j, key_block);
       if (j >= steps * Dot::pair) continue;
@@ -92,6 +100,9 @@ static void pack(const Call& call, const Source& source, int64_t slot, int64_t h
       convert_row<Dot>(row, wide, element);
       scatter_value<Dot>(element, steps, int(wide / Vec::width), j, value_block);
     }
+  }
+  if (centered && seen) {
+    for (int64_t d = 0; d < call.dim; ++d) center[d] /= float(seen);
   }
 }
 

@@ -84,7 +84,7 @@ struct Tile {
       const SegmentCall& segment = b.segments[i];
       const int64_t slot = segment.slots[row];
       if (slot < 0 || call.sources[segment.source].length == 0) continue;
-      if (!prepare(segment)) continue;
+      if (!prepare(b, segment, slot)) continue;
       const bool mapped = segment.value_affine.scale != nullptr && b.contributes;
       const bool stashed = mapped && !fresh;
       if (stashed) stash();
@@ -124,8 +124,9 @@ struct Tile {
 
   // The operand tile q = round(sign * Q' * a_k) and the bias of every query row in log2 units:
   //   beta + sigma * alpha * (Q'.b_k + (Q' * a_k - sign * q).center), from the rounded q.
+  // With a center near the keys, what rounding took from q multiplies only their distance from it.
   // False if no query of the tile sees the segment.
-  bool prepare(const SegmentCall& segment) {
+  bool prepare(const BranchCall& b, const SegmentCall& segment, int64_t slot) {
     const float alpha = number_at(segment.logit_scale, row, 0);
     const float factor = call.softmax_scale * alpha * LOG2E;
     const float sign = factor < 0.0f ? -1.0f : 1.0f;
@@ -137,7 +138,10 @@ struct Tile {
     if (!seen) return false;
     const float* scale = channels(segment.key_affine.scale);
     round_query(scale, sign);
-    if (scale) add_row_terms(segment, scale, sign, factor);
+    const bool lossy = Dot::pair == 2 && (scale || b.query_affine.scale || b.content.data);
+    const float* center = channels(segment.key_affine.center);
+    if (lossy && !center) center = packed_center(call.sources[segment.source], slot);
+    if (scale || lossy) add_row_terms(segment, scale, lossy ? center : nullptr, sign, factor);
     return true;
   }
 
@@ -164,16 +168,22 @@ struct Tile {
     }
   }
 
-  void add_row_terms(const SegmentCall& segment, const float* scale, float sign, float factor) {
+  const float* packed_center(const Source& source, int64_t slot) const {
+    const int64_t at = slot * call.head_count + head - call.first_head;
+    return (const float*)((const Element*)call.workspace + source.center_offset + at * source.center_stride);
+  }
+
+  void add_row_terms(const SegmentCall& segment, const float* scale, const float* center, float sign, float factor) {
     const float* shift = channels(segment.key_affine.shift);
-    const float* center = Dot::pair == 1 ? nullptr : channels(segment.key_affine.center);  // fp32 tiles are not rounded
     for (int i = 0; i < rows; ++i) {
       const float* q = s.query + i * wide;
-      for (int64_t d = 0; d < call.dim; ++d) s.other[d] = q[d] * shift[d];
+      for (int64_t d = 0; d < call.dim; ++d) s.other[d] = shift ? q[d] * shift[d] : 0.0f;
       if (center) {
         float* rounded = s.other + wide;
         for (int64_t d = 0; d < wide; d += Vec::width) Vec::store(rounded + d, Dot::widen(operand + i * wide + d));
-        for (int64_t d = 0; d < call.dim; ++d) s.other[d] += (q[d] * scale[d] - sign * rounded[d]) * center[d];
+        for (int64_t d = 0; d < call.dim; ++d) {
+          s.other[d] += ((scale ? q[d] * scale[d] : q[d]) - sign * rounded[d]) * center[d];
+        }
       }
       float term = 0.0f;
       for (int64_t d = 0; d < call.dim; ++d) term += s.other[d];
