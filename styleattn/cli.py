@@ -5,6 +5,7 @@ Every bad input ends in one line on stderr and exit code 2, with nothing half-wr
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -110,8 +111,9 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _load(options: Mapping[str, Any]) -> Any:
-    from styleattn.pipelines import load_model
+    from styleattn.pipelines import hush, load_model
 
+    hush()
     names = ("device", "dtype", "variant", "scheduler", "offload")
     return load_model(options["model"], **{name: options[name] for name in names})
 
@@ -221,9 +223,10 @@ def demo(
     device: Device = "auto",
 ) -> None:
     """Show what it does, with the model in the package: prompts with and without style."""
-    from styleattn.pipelines import run_demo
+    from styleattn.pipelines import hush, run_demo
 
     started = time.perf_counter()
+    hush()
     with _progress() as report:
         path = run_demo(out, seed=seed, steps=steps, device=device, progress=report)
     print(f"{path} in {time.perf_counter() - started:.1f} s")
@@ -256,11 +259,12 @@ def explain(
     variant: Variant = None,
 ) -> None:
     """Show, layer by layer, what a method does to a model, on which backend, and why."""
-    from styleattn.pipelines import load_model
+    from styleattn.pipelines import hush, load_model
     from styleattn.pipelines.settings import make_method
     from styleattn.processors import apply
 
     chosen = make_method(method, set_ or [])
+    hush()
     pipe = load_model(model, device=device, dtype=dtype, variant=variant)
     with apply(pipe, chosen, backend=backend) as handle:
         print(handle.explain())
@@ -268,10 +272,12 @@ def explain(
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> int:
-    """Say what can run here, and what keeps the rest from running; exit code 1 if something is
-    broken."""
+    """Say what can run here and what keeps the rest from it; exit code 1 if something is broken."""
+    from styleattn.pipelines import hush
     from styleattn.pipelines.doctor import examine
 
+    if importlib.util.find_spec("diffusers"):
+        hush()
     checks = examine()
     if as_json:
         print(json.dumps([check._asdict() for check in checks], indent=2))
@@ -302,7 +308,7 @@ def bank_build(
     """Invert a picture once, for `stylize --bank`; an interrupted build goes on where it
     stopped."""
     from styleattn.inversion import read_picture
-    from styleattn.pipelines import Inversion, Sampling, build_bank_file, load_model
+    from styleattn.pipelines import Inversion, Sampling, build_bank_file, hush, load_model
     from styleattn.pipelines.settings import merged
 
     picture = read_picture(reference)
@@ -311,6 +317,7 @@ def bank_build(
     )
     sampling = Sampling(options["steps"], height=height, width=width)
     inversion = Inversion(float(options["inversion_guidance"]), labels, offset)
+    hush()
     pipe = load_model(model, device=device, dtype=dtype, variant=variant, scheduler=scheduler)
     with _progress() as report:
         facts = build_bank_file(

@@ -86,7 +86,9 @@ def load_model(
         raise ModelRefused(str(error)) from error
     if scheduler == "ddim":
         use_ddim(pipe)
-    pipe.to(dtype=number)
+    parts = (part for part in pipe.components.values() if isinstance(part, torch.nn.Module))
+    if any(part.dtype != number for part in parts):
+        pipe.to(dtype=number)
     if offload and place.type != "cpu":
         pipe.enable_model_cpu_offload(device=place)
     else:
@@ -125,7 +127,7 @@ def _tiny() -> Any:
 
 
 def _directory(model: str, dtype: torch.dtype, variant: str | None) -> Any:
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     path = Path(model)
     if not path.is_dir():
@@ -134,9 +136,11 @@ def _directory(model: str, dtype: torch.dtype, variant: str | None) -> Any:
         raise ModelRefused(f"model {model} {what}: {hint}")
     if not (path / "model_index.json").is_file():
         raise ModelRefused(f"model {model} has no model_index.json: not a diffusers directory")
+    release = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    name = "dtype" if release >= (0, 42) else "torch_dtype"  # diffusers renamed the argument
     try:
-        return DiffusionPipeline.from_pretrained(
-            path, torch_dtype=dtype, variant=variant, local_files_only=True
+        return diffusers.DiffusionPipeline.from_pretrained(
+            path, **{name: dtype}, variant=variant, local_files_only=True
         )
     except Exception as error:  # whatever the loaders of three libraries raise
         raise ModelRefused(f"cannot load model {model}: {_first_line(error)}") from error
@@ -145,6 +149,19 @@ def _directory(model: str, dtype: torch.dtype, variant: str | None) -> Any:
 def _first_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def hush() -> None:
+    """Keep the progress bars and notes of diffusers and transformers off the terminal, for this
+    process."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # before diffusers imports it all
+    transformers.utils.logging.disable_progress_bar()
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
 
 
 def versions() -> dict[str, str | None]:

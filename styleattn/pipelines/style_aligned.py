@@ -4,6 +4,7 @@ batches."""
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,7 +171,14 @@ def generate(
 
     Args:
         arguments: further arguments of the pipeline call (a ControlNet's ``image``, for example).
+
+    Raises:
+        TypeError: arguments that the pipeline's call does not have.
     """
+    known = inspect.signature(type(pipe).__call__).parameters
+    unknown = sorted(set(arguments) - set(known))
+    if unknown:
+        raise TypeError(f"{type(pipe).__name__} takes no argument {', '.join(unknown)}")
     embeds = encode_prompts(pipe, prompts, sampling.negative_prompt)
     steps = sampling.num_inference_steps
     inner = arguments.pop("callback_on_step_end", None)
