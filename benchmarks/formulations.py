@@ -26,7 +26,6 @@ PROMPT_WEIGHT = 0.6
 EPS = 1e-5
 
 
-
 @dataclass(frozen=True)
 class Attention:
     """One softmax over materialised tensors: weight * softmax(scale QK^T + row_bias key_bias^T) V.

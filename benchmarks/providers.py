@@ -18,12 +18,13 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import styleattn
 import torch
 from cases import Case
 from formulations import FORMULATIONS, Attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import styleattn
 
 Run = Callable[[], Tensor]
 HALF = (torch.float16, torch.bfloat16)

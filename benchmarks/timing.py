@@ -63,22 +63,33 @@ def interleaved(
     return {name: summary(samples) for name, samples in taken.items() if samples}
 
 
-def wall(calls: Calls) -> Callable[[int], float]:
-    """A sampler by the wall clock: warms the call up, and repeats a short one."""
+def _host(calls: Calls, now: Callable[[], float]) -> Callable[[int], float]:
+    """A sampler by a clock of the CPU: warms the call up, and repeats a short one."""
     calls[0]()
-    start = time.perf_counter()
+    start = now()
     calls[0]()
-    once = time.perf_counter() - start
-    repeats = max(1, min(1000, math.ceil(SAMPLE_SECONDS / max(once, 1e-7))))
+    once = now() - start
+    repeats = max(1, min(1000, math.ceil(SAMPLE_SECONDS / max(once, 1e-5))))
 
     def sample(done: int) -> float:
         call = calls[done % len(calls)]
-        begin = time.perf_counter()
+        begin = now()
         for _ in range(repeats):
             call()
-        return 1e3 * (time.perf_counter() - begin) / repeats
+        return 1e3 * (now() - begin) / repeats
 
     return sample
+
+
+def wall(calls: Calls) -> Callable[[int], float]:
+    """A sampler by the wall clock."""
+    return _host(calls, time.perf_counter)
+
+
+def cpu_time(calls: Calls) -> Callable[[int], float]:
+    """A sampler by the processor time of this process: for one thread on a machine that others
+    use too, whose turns the wall clock would count."""
+    return _host(calls, time.process_time)
 
 
 def events(calls: Calls) -> Callable[[int], float]:
@@ -134,14 +145,26 @@ def graph(calls: Calls) -> Callable[[int], float]:
 
 CLOCKS: dict[str, Callable[[Calls], Callable[[int], float]]] = {
     "wall": wall,
+    "cpu-time": cpu_time,
     "events": events,
     "graph": graph,
 }
 
 
-def clocks(device: torch.device) -> tuple[str, ...]:
-    """The clocks of a device."""
-    return ("events", "graph") if device.type == "cuda" else ("wall",)
+def clocks(
+    device: torch.device, wanted: Sequence[str] = (), threads: Sequence[int] = (1,)
+) -> tuple[str, ...]:
+    """The clocks of a device: those wanted, else the usual ones.
+
+    Raises:
+        ValueError: a clock that cannot time the device, or cannot time several threads.
+    """
+    for clock in wanted:
+        if (clock in ("events", "graph")) != (device.type == "cuda"):
+            raise ValueError(f"the clock {clock!r} cannot time {device.type}")
+        if clock == "cpu-time" and max(threads) > 1:
+            raise ValueError("the clock 'cpu-time' adds up threads: one thread only")
+    return tuple(wanted) or (("events", "graph") if device.type == "cuda" else ("wall",))
 
 
 def input_sets(device: torch.device, bytes_moved: int) -> int:
