@@ -22,9 +22,12 @@ _NAMESPACE = "styleattn_cpu"
 @functools.cache
 def _load() -> str:
     """Load styleattn/_C*.so once; the reason why it is absent, or an empty string."""
-    found = sorted(Path(__file__).parent.glob("_C.*so")) + sorted(Path(__file__).parent.glob("_C.*pyd"))
+    found = sorted(Path(__file__).parent.glob("_C.*so"))
     if not found:
-        return "compiled extension styleattn._C not found: styleattn was installed without a C++ compiler or without torch"
+        return (
+            "compiled extension styleattn._C not found: "
+            "styleattn was installed without a C++ compiler or without torch"
+        )
     try:
         torch.ops.load_library(str(found[0]))
     except (OSError, RuntimeError) as error:
@@ -68,7 +71,7 @@ def unsupported_reasons(query: Tensor, branches: tuple[Branch, ...]) -> list[str
 
 
 class _Flat:
-    """A call as a list of tensors, a list of integers and a list of numbers, in the order in which csrc/ops.cpp reads it."""
+    """A call as tensors, integers and numbers, in the order in which csrc/ops.cpp reads them."""
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
@@ -118,14 +121,16 @@ class _Flat:
             self.segment(s)
 
 
-def run(query: Tensor, branches: tuple[Branch, ...], softmax_scale: float, *, isa: str = "") -> tuple[Tensor, Tensor, int]:
-    """`attention_forward` with a chosen instruction set, and the number of (key row, head) pairs that were packed.
+def run(
+    query: Tensor, branches: tuple[Branch, ...], softmax_scale: float, *, isa: str = ""
+) -> tuple[Tensor, Tensor, int]:
+    """`attention_forward` with a chosen instruction set; and how many (key row, head) were packed.
 
     Args:
         isa: one of `isas()`; empty: the best.
 
     Raises:
-        RuntimeError: if the compiled extension is absent, or this CPU cannot run the instruction set.
+        RuntimeError: if the compiled extension is absent or this CPU cannot run the instructions.
     """
     reason = _load()
     if reason:
@@ -138,8 +143,11 @@ def run(query: Tensor, branches: tuple[Branch, ...], softmax_scale: float, *, is
     return op(query.detach(), flat.tensors, flat.spec, flat.numbers, softmax_scale, isa)
 
 
-def attention_forward(query: Tensor, branches: tuple[Branch, ...], softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """The whole operation with fp32 accumulation: out [B, H, L, D] in the query's dtype, lse [G, B, H, L] in fp32.
+def attention_forward(
+    query: Tensor, branches: tuple[Branch, ...], softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """The whole operation, accumulated in fp32: out [B, H, L, D] in the query's dtype, stored BLHD;
+    lse [G, B, H, L] in fp32.
 
     Raises:
         RuntimeError: if the compiled extension is absent.
@@ -149,7 +157,7 @@ def attention_forward(query: Tensor, branches: tuple[Branch, ...], softmax_scale
 
 
 def token_stats_forward(x: Tensor, eps: float, *, isa: str = "") -> tuple[Tensor, Tensor]:
-    """Mean and sqrt(unbiased variance + eps) over the tokens of [B, H, N, D], in fp32, by two passes.
+    """Mean and sqrt(unbiased variance + eps) over the tokens of [B, H, N, D], in fp32, two passes.
 
     Raises:
         RuntimeError: if the compiled extension is absent.
