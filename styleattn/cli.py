@@ -1,4 +1,4 @@
-"""The command line: ``styleattn demo | stylize | methods | explain | bank | doctor``.
+"""The command line: ``styleattn demo | stylize | methods | explain | bank | bench | doctor``.
 
 Every bad input ends in one line on stderr and exit code 2, with nothing half-written.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+_INTERRUPTED = 130
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -44,12 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             args=None if argv is None else list(argv), prog_name="styleattn", standalone_mode=False
         )
     except KeyboardInterrupt:
-        return _complain("interrupted; the same command goes on where it stopped", 130)
+        result = _INTERRUPTED
     except Exception as error:
         message = _message(error)
         if message is None:
             raise
         return _complain(message, 2)
+    if result == _INTERRUPTED:
+        return _complain("interrupted; the same command goes on where it stopped", result)
     return result if isinstance(result, int) else 0
 
 
@@ -285,6 +289,21 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = F
         for check in checks:
             print(f"{check.state:<7} {check.name}: {check.text}")
     return int(any(check.state == "broken" for check in checks))
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> int:
+    """Run the benchmarks of the repository; every argument is theirs."""
+    import styleattn
+    from styleattn.pipelines.settings import Refused
+
+    script = Path(styleattn.__file__).resolve().parents[1] / "benchmarks" / "run.py"
+    if not script.is_file():
+        raise Refused("the benchmarks are in the repository, not in the installed package")
+    return subprocess.run([sys.executable, str(script), *context.args], check=False).returncode
 
 
 @bank_app.command("build")

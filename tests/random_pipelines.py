@@ -1,7 +1,4 @@
-"""Diffusers pipelines with random weights, a fraction of a second each, no files and no network.
-
-Load it from a conftest (tests are no packages): see tests/inversion/conftest.py.
-"""
+"""Diffusers pipelines with random weights, a fraction of a second each: no files, no network."""
 
 from __future__ import annotations
 

@@ -127,8 +127,9 @@ def run_folder(
         HostUnsupported, ValueError: inputs without meaning.
     """
     began = time.perf_counter() if started is None else started
-    out.mkdir(parents=True, exist_ok=True)
     runs = batches(len(job.prompts), job.batch_size)
+    _check(pipe, job)
+    out.mkdir(parents=True, exist_ok=True)
     folder = _Folder(pipe, job, out, progress)
     device = device_of(pipe)
     folder.manifest = {
@@ -162,6 +163,16 @@ def run_folder(
     folder.manifest["seconds"]["all"] = time.perf_counter() - began
     folder.save()
     return folder.manifest
+
+
+def _check(pipe: Any, job: Job) -> None:
+    """Find out before anything is computed or written that a method does not fit the model."""
+    if not job.prompts:
+        raise ValueError("no prompts")
+    offset, steps = job.inversion.offset, job.sampling.num_inference_steps
+    if offset is not None and not 0 <= offset < steps:
+        raise ValueError(f"offset must lie in 0..{steps - 1}, got {offset}")
+    apply(pipe, job.method, backend=job.backend).remove()
 
 
 def _bank(folder: _Folder, reference: Picture | None) -> StyleBank:

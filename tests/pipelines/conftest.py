@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -15,12 +13,10 @@ pytest.importorskip("diffusers")
 
 @pytest.fixture(scope="session")
 def hosts() -> ModuleType:
-    """tests/random_pipelines.py."""
-    path = Path(__file__).resolve().parents[1] / "random_pipelines.py"
-    spec = importlib.util.spec_from_file_location("random_pipelines", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The pipelines of tests/random_pipelines.py."""
+    import random_pipelines
+
+    return random_pipelines
 
 
 @pytest.fixture

@@ -1,0 +1,358 @@
+"""The command line, in-process: what it writes, that it resumes, and one line for every refusal."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("diffusers")
+
+from styleattn import cli
+from styleattn.inversion import files
+
+FAST = ["--steps", "3", "--guidance", "3", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    import random_pipelines
+
+    folder = tmp_path_factory.mktemp("model")
+    random_pipelines.sdxl().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def work(tmp_path) -> Path:
+    """A folder with a picture and prompts."""
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "style.png")
+    (tmp_path / "prompts.txt").write_text("\ufeffa cat\n\n# not this one\n  a dog  \na hen\n")
+    return tmp_path
+
+
+def stylize(model: str, work: Path, *more: str, out: str = "out") -> list[str]:
+    inputs = ["--reference", str(work / "style.png"), "--prompts", str(work / "prompts.txt")]
+    return ["stylize", "--model", model, *inputs, "--out", str(work / out), *FAST, *more]
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("0*.png"))}
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr of a command that must be refused."""
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("styleattn: ")]
+    assert len(lines) == 1 and "Traceback" not in captured.err, captured.err
+    return lines[0]
+
+
+def test_stylize(model, work, capsys):
+    assert cli.main(stylize(model, work, "--batch-size", "2", "--seed", "5")) == 0
+    assert "3 of 3 pictures" in capsys.readouterr().out
+    names = sorted(pictures(work / "out"))
+    assert names == ["0000-a-cat.png", "0001-a-dog.png", "0002-a-hen.png"]
+    manifest = json.loads((work / "out" / "manifest.json").read_text())
+    assert manifest["complete"] and manifest["settings"]["seed"] == 5
+    assert [entry["seed"] for entry in manifest["pictures"]] == [5, 6, 7]
+    method = manifest["settings"]["method"]
+    assert method["method"] == "style_aligned"
+    assert method["shared_score_shift"] == pytest.approx(np.log(2))  # the paper's, for transfer
+    assert (work / "out" / "contact_sheet.png").exists()
+
+
+@pytest.mark.slow
+def test_bit_for_bit(model, work, capsys):
+    """Same seed, same bits, also in another process and after a kill; another seed, other bits."""
+    assert cli.main(stylize(model, work)) == 0
+    command = [sys.executable, "-m", "styleattn.cli", *stylize(model, work, out="other")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert pictures(work / "out") == pictures(work / "other")
+    assert cli.main(stylize(model, work, "--seed", "1", out="third")) == 0
+    first, third = (pictures(work / name).values() for name in ("out", "third"))
+    assert not set(first) & set(third)
+
+
+@pytest.mark.slow
+def test_resumes_after_a_kill(model, work, capsys):
+    slow = ["--steps", "15", "--batch-size", "1"]
+    command = [sys.executable, "-m", "styleattn.cli", *stylize(model, work, *slow)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    first = work / "out" / "0000-a-cat.png"
+    deadline = time.monotonic() + 120
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert first.exists() and not (work / "out" / "0002-a-hen.png").exists()
+    written = first.stat().st_mtime_ns
+    assert cli.main(stylize(model, work, *slow)) == 0
+    assert "of 3 pictures made" in capsys.readouterr().out
+    assert first.stat().st_mtime_ns == written
+    assert cli.main(stylize(model, work, *slow, out="whole")) == 0
+    assert pictures(work / "out") == pictures(work / "whole")
+
+
+def test_an_interrupt(model, work, capsys, monkeypatch):
+    import styleattn.pipelines.folder as folder
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder, "generate", interrupted)
+    assert cli.main(stylize(model, work)) == 130
+    assert "goes on where it stopped" in capsys.readouterr().err
+
+
+def test_config_and_command_line(model, work, capsys):
+    config = work / "job.yaml"
+    config.write_text(
+        f"model: {model}\nreference: {work / 'style.png'}\nprompts: {work / 'prompts.txt'}\n"
+        "steps: 2\nguidance: 4\nbatch-size: 3\nscore_scale: 0.5\n"
+        "set: {adain_values: true, layers: up_blocks.0.*}\n"
+    )
+    argv = ["stylize", "--config", str(config), "--out", str(work / "out"), "--steps", "3"]
+    assert cli.main([*argv, "--set", "only_self_level=0.25", "--score-shift", "0.1"]) == 0
+    settings = json.loads((work / "out" / "manifest.json").read_text())["settings"]
+    assert settings["sampling"]["num_inference_steps"] == 3
+    assert settings["sampling"]["guidance_scale"] == 4.0 and settings["batch_size"] == 3
+    method = settings["method"]
+    assert method["adain_values"] and method["layers"] == "up_blocks.0.*"
+    assert (method["shared_score_scale"], method["shared_score_shift"]) == (0.5, 0.1)
+    assert method["only_self_level"] == 0.25
+
+
+def test_banks(model, work, capsys):
+    bank = work / "style.safetensors"
+    build = ["bank", "build", "--model", model, "--reference", str(work / "style.png")]
+    assert cli.main([*build, "--out", str(bank), "--steps", "3", "--check"]) == 0
+    built = json.loads(capsys.readouterr().out)
+    assert built["timesteps"] == [3, 666, 0] and built["round_trip_error"] >= 0
+    assert cli.main(["bank", "inspect", str(bank)]) == 0
+    assert json.loads(capsys.readouterr().out) == built
+    argv = stylize(model, work)
+    where = argv.index("--reference")
+    argv[where : where + 2] = ["--bank", str(bank)]
+    assert cli.main(argv) == 0
+    assert len(pictures(work / "out")) == 3
+
+
+def test_a_reference_from_a_prompt(model, work):
+    argv = stylize(model, work)
+    where = argv.index("--reference")
+    argv[where : where + 2] = ["--reference-prompt", "a painting"]
+    assert cli.main(argv) == 0
+    assert len(pictures(work / "out")) == 3
+
+
+def test_other_schedulers_and_dtypes(model, work):
+    assert cli.main(stylize(model, work, "--dtype", "bfloat16", "--scheduler", "pipeline")) == 0
+    manifest = json.loads((work / "out" / "manifest.json").read_text())
+    assert manifest["dtype"] == "bfloat16"
+
+
+def test_methods(capsys):
+    assert cli.main(["methods"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("style_aligned: ") and "shared_score_shift = 0.0" in text
+    assert cli.main(["methods", "--json"]) == 0
+    assert "style_aligned" in json.loads(capsys.readouterr().out)
+
+
+def test_explain(model, capsys):
+    argv = ["explain", "--model", model, "--device", "cpu", "--set", "share_group_norm=false"]
+    assert cli.main([*argv, "--backend", "torch"]) == 0
+    text = capsys.readouterr().out
+    assert "attn1" in text and "torch" in text and "style_aligned" in text
+
+
+def test_doctor(capsys, monkeypatch):
+    import styleattn.pipelines.doctor as doctor
+
+    monkeypatch.setattr(doctor, "_embedded", list)
+    assert cli.main(["doctor", "--json"]) in (0, 1)
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+    assert checks["backend reference"]["state"] == checks["operation on torch"]["state"] == "ok"
+    assert checks["diffusers"]["state"] == "ok" and "GiB free" in checks["disk"]["text"]
+
+    def broken() -> list[doctor.Check]:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(doctor, "_EXAMINERS", (("devices", broken),))
+    assert cli.main(["doctor"]) == 1
+    assert "broken  devices: RuntimeError: no such luck" in capsys.readouterr().out
+
+
+def test_help(capsys):
+    for argv in (["--help"], ["stylize", "--help"], ["bank", "--help"], ["demo", "--help"]):
+        assert cli.main(argv) == 0
+        assert "Usage" in capsys.readouterr().out
+
+
+BAD = [
+    (["--reference", "{work}/no.png"], "no such picture"),
+    (["--reference", "{work}/prompts.txt"], "cannot read"),
+    (["--reference", "{work}/cut.png"], "cannot read"),
+    (["--reference", "{work}"], "cannot read"),
+    (["--prompts", "{work}/no.txt"], "No such file"),
+    (["--prompts", "{work}/empty.txt"], "no prompts"),
+    (["--prompts", "{work}/style.png"], "not a UTF-8 text file"),
+    (["--prompts", "{work}"], "directory"),
+    (["--model", "{work}/no-model"], "does not exist"),
+    (["--model", "{work}/style.png"], "is a file"),
+    (["--model", "{work}"], "no model_index.json"),
+    (["--method", "style_unaligned"], "unknown method 'style_unaligned'; there are style_aligned"),
+    (["--set", "shared_score_shfit=1"], "shared_score_shfit"),
+    (["--set", "adain_keys"], "knob=value"),
+    (["--set", "adain_keys=[1"], "is not a value"),
+    (["--set", "adain_keys=3"], "adain_keys must be True or False"),
+    (["--set", "layers=[nothing.like.this]"], "nothing.like.this"),
+    (["--backend", "magic"], "backend"),
+    (["--device", "abacus"], "no device 'abacus'"),
+    (["--dtype", "int3"], "unknown dtype 'int3'"),
+    (["--scheduler", "magic"], "unknown scheduler"),
+    (["--labels", "magic"], "unknown labels"),
+    (["--steps", "0"], "num_inference_steps"),
+    (["--steps", "many"], "--steps"),
+    (["--guidance", "nan"], "guidance_scale"),
+    (["--batch-size", "0"], "batch_size"),
+    (["--height", "31"], "multiples of 2"),
+    (["--offset", "99"], "offset"),
+    (["--bank", "{work}/style.png"], "exclude each other"),
+    (["--config", "{work}/no.yaml"], "No such file"),
+    (["--config", "{work}/bad.yaml"], "is not YAML"),
+    (["--config", "{work}/list.yaml"], "must hold a mapping"),
+    (["--config", "{work}/unknown.yaml"], "unknown settings stepz"),
+    (["--config", "{work}/kind.yaml"], "seed must be of type int"),
+    (["--no-such-option"], "no such option"),
+    (["--out", "{work}/style.png"], "File exists"),
+    (["--out", "{work}/style.png/out"], "Not a directory"),
+    (["--out", "/proc/styleattn"], "/proc/styleattn"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=["_".join(c)[:40] for c, _ in BAD])
+def test_bad_input(model, work, capsys, change, message):
+    (work / "empty.txt").write_text("\n# nothing\n")
+    (work / "cut.png").write_bytes((work / "style.png").read_bytes()[:500])
+    (work / "bad.yaml").write_text("a: [")
+    (work / "list.yaml").write_text("- a")
+    (work / "unknown.yaml").write_text("stepz: 3")
+    (work / "kind.yaml").write_text("seed: lots")
+    before = sorted(path.name for path in work.iterdir())
+    argv = [part.format(work=work) for part in change]
+    line = refused(stylize(model, work, *argv), capsys)
+    assert message.lower() in line.lower(), line
+    written = {path.name for path in work.rglob("*")} - set(before)
+    assert written <= {"out", "manifest.json"}  # nothing half-written; at most an open manifest
+    if "manifest.json" in written:
+        assert not json.loads((work / "out" / "manifest.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize("missing", ["--prompts", "--out", "--reference"])
+def test_missing_inputs(model, work, capsys, missing):
+    argv = stylize(model, work)
+    where = argv.index(missing)
+    del argv[where : where + 2]
+    assert missing in refused(argv, capsys)
+
+
+def test_damaged_models(model, work, capsys):
+    broken = work / "broken"
+    damages = {
+        "unet/diffusion_pytorch_model.safetensors": lambda path: os.truncate(path, 1000),
+        "text_encoder/config.json": lambda path: path.write_text("{"),
+        "vae/config.json": lambda path: path.unlink(),
+        "model_index.json": lambda path: path.write_text('{"_class_name": "NoSuchPipeline"}'),
+    }
+    for name, damage in damages.items():
+        shutil.copytree(model, broken)
+        damage(broken / name)
+        line = refused(stylize(str(broken), work), capsys)
+        assert str(broken) in line and not (work / "out").exists()
+        shutil.rmtree(broken)
+
+
+def test_models_of_another_kind(work, capsys):
+    import random_pipelines
+
+    random_pipelines.sd(in_channels=9).save_pretrained(work / "inpainting")
+    line = refused(stylize(str(work / "inpainting"), work), capsys)
+    assert "9 channels" in line
+
+
+def test_a_full_disk(model, work, capsys, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    assert "No space left on device" in refused(stylize(model, work), capsys)
+    assert list((work / "out").iterdir()) == []
+    bank = ["bank", "build", "--model", model, "--reference", str(work / "style.png")]
+    line = refused([*bank, "--out", str(work / "b.safetensors"), "--steps", "1"], capsys)
+    assert "No space left on device" in line
+    assert not list(work.glob("*b.safetensors*"))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
+def test_a_folder_without_permission(model, work, capsys):
+    (work / "out").mkdir(mode=0o500)
+    assert "Permission denied" in refused(stylize(model, work), capsys)
+
+
+def test_bad_banks(model, work, capsys):
+    assert "no such file" in refused(["bank", "inspect", str(work / "no")], capsys)
+    assert "not a whole" in refused(["bank", "inspect", str(work / "style.png")], capsys)
+    build = ["bank", "build", "--model", model, "--reference", str(work / "style.png")]
+    line = refused([*build, "--out", str(work / "no" / "b.safetensors")], capsys)
+    assert "no directory to stand in" in line
+
+
+def test_out_of_memory(model, work, capsys, monkeypatch):
+    import torch
+
+    import styleattn.pipelines.folder as folder
+
+    def too_much(*args, **kwargs):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(folder, "generate", too_much)
+    assert "--batch-size" in refused(stylize(model, work), capsys)
+
+
+def test_our_own_faults_are_not_hidden(model, work, monkeypatch):
+    import styleattn.pipelines.folder as folder
+
+    def bug(*args, **kwargs):
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr(folder, "generate", bug)
+    with pytest.raises(AttributeError, match="a bug"):
+        cli.main(stylize(model, work))
+
+
+def test_bench(capfd, monkeypatch, tmp_path):
+    import styleattn
+
+    assert cli.main(["bench", "--help"]) == 0
+    assert "--shapes" in capfd.readouterr().out  # of benchmarks/run.py
+    monkeypatch.setattr(styleattn, "__file__", str(tmp_path / "styleattn" / "__init__.py"))
+    assert cli.main(["bench"]) == 2
+    assert "in the repository" in capfd.readouterr().err
+
+
+def test_unknown_commands(capsys):
+    assert "nonsense" in refused(["nonsense"], capsys)
