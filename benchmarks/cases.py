@@ -59,7 +59,9 @@ class Case:
 
     def ours(self, backend: str | None) -> Tensor:
         """Through the public functions."""
-        return FORMULATIONS[self.problem.kind].ours(self.problem, self.tensors, backend)
+        out = FORMULATIONS[self.problem.kind].ours(self.problem, self.tensors, backend)
+        assert isinstance(out, Tensor)
+        return out
 
     def official(self) -> Tensor:
         """As the method's own code computes it."""

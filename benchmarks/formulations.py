@@ -21,6 +21,7 @@ import styleattn
 from styleattn import Affine, Branch, Segment
 
 Tensors = dict[str, Tensor]
+Output = Tensor | tuple[Tensor, Tensor]  # as the public functions declare it
 GAMMA, TEMPERATURE = 0.75, 1.5  # StyleID's
 PROMPT_WEIGHT = 0.6
 EPS = 1e-5
@@ -55,7 +56,7 @@ class Formulation(NamedTuple):
     """The inputs of a kind and its three forms."""
 
     inputs: Callable[[Problem, torch.Generator], Tensors]
-    ours: Callable[[Problem, Tensors, str | None], Tensor]
+    ours: Callable[[Problem, Tensors, str | None], Output]
     official: Callable[[Problem, Tensors], Tensor]
     materialised: Callable[[Problem, Tensors], list[Attention]]
 
@@ -86,7 +87,7 @@ def _plain_inputs(p: Problem, generator: torch.Generator) -> Tensors:
     return t
 
 
-def _plain_ours(p: Problem, t: Tensors, backend: str | None) -> Tensor:
+def _plain_ours(p: Problem, t: Tensors, backend: str | None) -> Output:
     branches = (Branch((Segment(t["key"], t["value"]),)),)
     return styleattn.attention(t["query"], branches, backend=backend)
 
@@ -118,7 +119,7 @@ def _adain_to_rows(x: Tensor, rows: list[int]) -> Tensor:
     return (x - mean) / std * std[rows] + mean[rows]
 
 
-def _shared_ours(p: Problem, t: Tensors, backend: str | None) -> Tensor:
+def _shared_ours(p: Problem, t: Tensors, backend: str | None) -> Output:
     return styleattn.shared_attention(
         t["query"],
         t["key"],
@@ -166,7 +167,7 @@ def _bank_inputs(p: Problem, generator: torch.Generator) -> Tensors:
     return t
 
 
-def _bank_ours(p: Problem, t: Tensors, backend: str | None) -> Tensor:
+def _bank_ours(p: Problem, t: Tensors, backend: str | None) -> Output:
     def affine(name: str) -> Affine:
         own = styleattn.token_stats(t[name], backend=backend)
         mean, std = (t[f"{name}_{s}"][:, :, 0].float() for s in ("mean", "std"))
@@ -205,7 +206,7 @@ def _injected_inputs(p: Problem, generator: torch.Generator) -> Tensors:
     return t | {n: _features(p, generator, 1, p.length) for n in ("key", "value")}
 
 
-def _injected_ours(p: Problem, t: Tensors, backend: str | None) -> Tensor:
+def _injected_ours(p: Problem, t: Tensors, backend: str | None) -> Output:
     return styleattn.injected_attention(
         t["query"],
         t["key"],
@@ -239,7 +240,7 @@ def _prompt_inputs(p: Problem, generator: torch.Generator) -> Tensors:
     return t
 
 
-def _decoupled_ours(p: Problem, t: Tensors, backend: str | None) -> Tensor:
+def _decoupled_ours(p: Problem, t: Tensors, backend: str | None) -> Output:
     prompts = [(t[f"key_{i}"], t[f"value_{i}"]) for i in range(1, len(p.keys))]
     return styleattn.decoupled_attention(
         t["query"], t["key_0"], t["value_0"], prompts, weights=PROMPT_WEIGHT, backend=backend
@@ -272,7 +273,7 @@ def _biased_inputs(p: Problem, generator: torch.Generator) -> Tensors:
     return t
 
 
-def _biased_ours(p: Problem, t: Tensors, backend: str | None) -> Tensor:
+def _biased_ours(p: Problem, t: Tensors, backend: str | None) -> Output:
     bias = (p.shift * t["rows"]).expand(p.batch, -1)
     segments, start = [], 0
     for i, tokens in enumerate(p.keys):
@@ -303,7 +304,7 @@ def _joint_inputs(p: Problem, generator: torch.Generator) -> Tensors:
     return t | {"gate": _prompt_gate(p, t["query"])}
 
 
-def _joint_ours(p: Problem, t: Tensors, backend: str | None) -> Tensor:
+def _joint_ours(p: Problem, t: Tensors, backend: str | None) -> Output:
     gate = t["gate"].float().expand(-1, p.heads, -1, p.head_dim)[:, :, 0]
     picture = Segment(
         t["key_1"],
@@ -328,7 +329,7 @@ def _joint_materialised(p: Problem, t: Tensors) -> list[Attention]:
     return [Attention(*_joint_tensors(p, t), p.head_dim**-0.5)]
 
 
-def _null_ours(p: Problem, t: Tensors, backend: str | None) -> Tensor:
+def _null_ours(p: Problem, t: Tensors, backend: str | None) -> Output:
     segment = Segment(t["key_0"], t["value_0"], null_keys=p.references)
     return styleattn.attention(t["query"], (Branch((segment,)),), backend=backend)
 

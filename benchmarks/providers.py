@@ -14,6 +14,7 @@ for everything, as ours does.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,14 +146,14 @@ def _flex_reasons(case: Case) -> list[str]:
 
 
 def _xformers(case: Case) -> Run:
-    from xformers.ops import memory_efficient_attention
+    attend = importlib.import_module("xformers.ops").memory_efficient_attention
 
     def one(a: Attention) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (a.query, a.key, a.value))
         bias = a.bias()
         if bias is not None:
             bias = bias.expand(q.shape[0], q.shape[2], q.shape[1], -1)
-        return memory_efficient_attention(q, k, v, attn_bias=bias, scale=a.scale).transpose(1, 2)
+        return attend(q, k, v, attn_bias=bias, scale=a.scale).transpose(1, 2)
 
     attentions = case.materialised()
     return lambda: _combine(attentions, one)
@@ -171,10 +172,10 @@ def _guest_reasons(package: str) -> Callable[[Case], list[str]]:
 
 
 def _sage(case: Case) -> Run:
-    from sageattention import sageattn
+    attend = importlib.import_module("sageattention").sageattn
 
     def one(a: Attention) -> Tensor:
-        return sageattn(a.query, a.key, a.value, tensor_layout="HND", sm_scale=a.scale)
+        return attend(a.query, a.key, a.value, tensor_layout="HND", sm_scale=a.scale)
 
     attentions = case.materialised()
     return lambda: _combine(attentions, one)

@@ -187,7 +187,7 @@ def _short_keys() -> list[Shape]:
     def shape(name: str, *keys: int, n: int = 4096, heads: int = 10) -> Shape:
         return Shape(name, "decoupled", 64, (2, heads, n), (2, heads, n), keys=keys)
 
-    sd15 = {"real": (2, 8, 4096), "cpu": (2, 8, 4096)}
+    sd15 = (2, 8, 4096)
     return [
         shape("sdxl-4096-ip-4", 77, 4),
         shape("sdxl-4096-ip-16", 77, 16),
@@ -197,8 +197,8 @@ def _short_keys() -> list[Shape]:
         shape("sdxl-4096-ip-4x3", 77, 4, 4, 4),
         shape("sdxl-4096-csgo", 77, 4, 32),
         shape("sdxl-1024-csgo", 77, 4, 32, n=1024, heads=20),
-        Shape("sd15-4096-deadiff", "joint", 40, **sd15, keys=(77, 16)),
-        Shape("sd15-4096-deadiff-null", "null", 40, **sd15, keys=(77,), references=16),
+        Shape("sd15-4096-deadiff", "joint", 40, sd15, sd15, keys=(77, 16)),
+        Shape("sd15-4096-deadiff-null", "null", 40, sd15, sd15, keys=(77,), references=16),
     ]
 
 
