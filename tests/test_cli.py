@@ -164,6 +164,36 @@ def test_other_schedulers_and_dtypes(model, work):
     assert manifest["dtype"] == "bfloat16"
 
 
+def test_demo(model, work, capsys, monkeypatch):
+    """The demo's layout, on a model with random weights of the embedded one's size."""
+    from diffusers import StableDiffusionXLPipeline
+
+    from styleattn import tiny
+
+    monkeypatch.setattr(tiny, "load", lambda: StableDiffusionXLPipeline.from_pretrained(model))
+    assert cli.main(["demo", "--out", str(work / "out"), "--steps", "2", "--device", "cpu"]) == 0
+    assert "demo.png in" in capsys.readouterr().out
+    facts = json.loads((work / "out" / "demo.json").read_text())
+    assert facts["complete"] and len(facts["references"]) == 3
+    columns = 1 + len(facts["prompts"])
+    sheet = Image.open(work / "out" / "demo.png")
+    assert sheet.width > columns * 192 and sheet.height > 4 * 192
+    first = (work / "out" / "demo.png").read_bytes()
+    assert cli.main(["demo", "--out", str(work / "again"), "--steps", "2", "--device", "cpu"]) == 0
+    assert (work / "again" / "demo.png").read_bytes() == first
+
+
+def test_a_missing_embedded_model(work, capsys, monkeypatch):
+    from styleattn import tiny
+
+    monkeypatch.setattr(
+        tiny, "load", lambda: (_ for _ in ()).throw(FileNotFoundError("no weights"))
+    )
+    argv = ["demo", "--out", str(work / "out")]
+    assert "cannot load the embedded model: no weights" in refused(argv, capsys)
+    assert not (work / "out" / "demo.png").exists()
+
+
 def test_methods(capsys):
     assert cli.main(["methods"]) == 0
     text = capsys.readouterr().out

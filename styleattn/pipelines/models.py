@@ -122,8 +122,8 @@ def _tiny() -> Any:
 
     try:
         return tiny.load()
-    except (OSError, ValueError) as error:
-        raise ModelRefused(f"the embedded model is damaged: {_first_line(error)}") from error
+    except Exception as error:  # a damaged installation: whatever three libraries raise
+        raise ModelRefused(f"cannot load the embedded model: {_first_line(error)}") from error
 
 
 def _directory(model: str, dtype: torch.dtype, variant: str | None) -> Any:
@@ -142,7 +142,7 @@ def _directory(model: str, dtype: torch.dtype, variant: str | None) -> Any:
         return diffusers.DiffusionPipeline.from_pretrained(
             path, **{name: dtype}, variant=variant, local_files_only=True
         )
-    except Exception as error:  # whatever the loaders of three libraries raise
+    except Exception as error:  # whatever three libraries raise
         raise ModelRefused(f"cannot load model {model}: {_first_line(error)}") from error
 
 
