@@ -2,6 +2,10 @@
 #include "isa.h"
 #include "target.h"
 
+#if defined(STYLEATTN_X86) && !defined(STYLEATTN_EMULATE_AVX512)
+#include <cpuid.h>
+#endif
+
 namespace styleattn {
 
 extern const Isa isa_portable;
@@ -10,6 +14,14 @@ extern const Isa isa_avx2, isa_avx512, isa_avx512_bf16;
 #endif
 
 namespace {
+
+#if defined(STYLEATTN_X86) && !defined(STYLEATTN_EMULATE_AVX512)
+// F16C, which not every compiler's __builtin_cpu_supports knows by name.
+bool half_conversion() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
 
 struct Usable {
   const Isa* isas[4];
@@ -21,7 +33,7 @@ struct Usable {
     add(&isa_avx512, true);
 #elif defined(STYLEATTN_X86)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && half_conversion();
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     add(&isa_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16"));
