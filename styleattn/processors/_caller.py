@@ -105,6 +105,17 @@ def from_pipe(pipe: Any, scope: Mapping[str, Any] | None = None) -> Caller:
     )
 
 
+def _from_traced(pipe: Any, model: Any) -> Caller | None:
+    """`from_pipe` under a compiler: without `pipe.unet`, which holds the very module being traced."""
+    scale = getattr(pipe, "_guidance_scale", None)
+    if scale is None:
+        return None
+    guided = scale > 1 and model.config.time_cond_proj_dim is None
+    perturbed = getattr(pipe, "do_perturbed_attention_guidance", False)
+    unconditional = (*([True] if guided else []), False, *([False] if perturbed else []))
+    return Caller(len(unconditional), 1, unconditional, pipe.scheduler.timesteps)
+
+
 def from_modular(components: Any) -> Caller:
     """What a modular pipeline says: its guider calls the denoiser once per condition."""
     guider = getattr(components, "guider", None)
@@ -141,7 +152,7 @@ def find(model: torch.nn.Module, explicit: Caller | None, pipe: weakref.ref[Any]
         return explicit
     if torch.compiler.is_compiling():
         owner = None if pipe is None else pipe()
-        found = None if owner is None else from_pipe(owner)
+        found = None if owner is None else _from_traced(owner, model)
     else:
         found = from_stack(model)
     if found is None:

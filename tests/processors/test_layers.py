@@ -1,0 +1,99 @@
+"""The grammar of layer choices."""
+
+from __future__ import annotations
+
+import pytest
+
+from styleattn.processors._layers import layer_weights
+
+XL = [
+    *(f"down_blocks.{b}.attentions.{a}.transformer_blocks.0.attn1" for b in (1, 2) for a in (0, 1)),
+    *(
+        f"up_blocks.{b}.attentions.{a}.transformer_blocks.0.attn1"
+        for b in (0, 1)
+        for a in (0, 1, 2)
+    ),
+    "mid_block.attentions.0.transformer_blocks.0.attn1",
+]
+V1 = [
+    *(f"down_blocks.{b}.attentions.0.transformer_blocks.0.attn1" for b in (0, 1, 2)),
+    *(f"up_blocks.{b}.attentions.0.transformer_blocks.0.attn1" for b in (1, 2, 3)),
+    "mid_block.attentions.0.transformer_blocks.0.attn1",
+]
+
+
+def chosen(layers, names=XL, others=()):
+    return {n: w for n, w in layer_weights(layers, names, others).items() if w}
+
+
+@pytest.mark.parametrize(
+    ("layers", "prefixes"),
+    [
+        ("style", ["up_blocks.0.attentions.1"]),
+        ("layout", ["down_blocks.2.attentions.1"]),
+        ("up_blocks.*", ["up_blocks.0", "up_blocks.1"]),
+        ("up_blocks.0", ["up_blocks.0"]),
+        (
+            ["mid_block", "down_blocks.?.attentions.0.*"],
+            ["mid_block", "down_blocks.1.attentions.0", "down_blocks.2.attentions.0"],
+        ),
+        (XL[0], [XL[0]]),
+        ({"up": {"block_0": [0, 1, 0]}}, ["up_blocks.0.attentions.1"]),
+        ({"mid": 1.0}, ["mid_block"]),
+        ({"down": 1.0}, ["down_blocks"]),
+        ({"up": {"block_1": 1}}, ["up_blocks.1"]),
+        ({}, []),
+    ],
+)
+def test_what_is_chosen(layers, prefixes):
+    expected = {n for n in XL if any(n == p or n.startswith(p + ".") for p in prefixes)}
+    assert set(chosen(layers)) == expected
+
+
+def test_all_is_everything():
+    assert layer_weights("all", XL, ["conv_norm_out"]) == dict.fromkeys([*XL, "conv_norm_out"], 1.0)
+
+
+def test_numbers_of_a_scale_dictionary_are_kept():
+    found = chosen({"up": {"block_0": [0.2, 0.0, 0.7]}, "mid": 0.5})
+    assert sorted(found.values()) == [0.2, 0.5, 0.7]
+
+
+def test_the_rule_weighs_other_modules_too():
+    norms = ["up_blocks.0.attentions.1.norm", "up_blocks.0.resnets.1.norm1", "conv_norm_out"]
+    assert set(chosen("style", XL, norms)) - set(XL) == {norms[0]}
+    assert set(chosen("up_blocks.*", XL, norms)) - set(XL) == set(norms[:2])
+
+
+def test_presets_know_the_older_models():
+    assert set(chosen("style", V1)) == {n for n in V1 if n.startswith("up_blocks.1")}
+    assert set(chosen("layout", V1)) == {n for n in V1 if n.startswith(("down_blocks.2", "mid"))}
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"),
+    [
+        ("nowhere.*", "matches no attention layer"),
+        (["up_blocks.0", "up_blocks.7"], "'up_blocks.7' matches no"),
+        (3, "layers must be one of"),
+        ([1, 2], "layers must be one of"),
+        ({"middle": 1}, "unknown part 'middle'"),
+        ({"up": {"block_9": 1}}, "no 'block_9'"),
+        ({"up": {"first": 1}}, "no 'first'"),
+        ({"up": {"block_0": [0, 1]}}, "has 3 attention modules, got 2"),
+        ({"down": {"block_0": 1}}, "no 'block_0' with attention"),
+        ({"mid": "x"}, "'x' where a scale"),
+        ({"mid": -1.0}, "-1.0 where a scale"),
+        ({"mid": float("nan")}, "nan where a scale"),
+        ({"mid": True}, "True where a scale"),
+    ],
+)
+def test_bad_choices_say_what_there_is(layers, says):
+    with pytest.raises(ValueError, match=r"^layers") as error:
+        layer_weights(layers, XL)
+    assert says in str(error.value)
+
+
+def test_unknown_models_have_no_presets():
+    with pytest.raises(ValueError, match=r"known for SDXL and SD1\.5"):
+        layer_weights("style", ["blocks.0.attn1"])
