@@ -5,7 +5,6 @@ Every bad input ends in one line on stderr and exit code 2, with nothing half-wr
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -49,9 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = _INTERRUPTED
     except Exception as error:
         message = _message(error)
-        if message is None:
+        if type(error).__name__ == "Abort":  # what older parsers make of an interrupt
+            result = _INTERRUPTED
+        elif message is None:
             raise
-        return _complain(message, 2)
+        else:
+            return _complain(message, 2)
     if result == _INTERRUPTED:
         return _complain("interrupted; the same command goes on where it stopped", result)
     return result if isinstance(result, int) else 0
@@ -70,8 +72,6 @@ def _message(error: Exception) -> str | None:
 
     if hasattr(error, "format_message"):  # the command line parser's
         return str(error.format_message()) or "missing command; see styleattn --help"
-    if type(error).__name__ == "Abort":
-        return "aborted"
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory; try a smaller --batch-size or --offload ({error})"
     if isinstance(error, OSError) and error.strerror:
@@ -115,11 +115,11 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _load(options: Mapping[str, Any]) -> Any:
-    from styleattn.pipelines import hush, load_model
+    from styleattn.pipelines import hushed, load_model
 
-    hush()
     names = ("device", "dtype", "variant", "scheduler", "offload")
-    return load_model(options["model"], **{name: options[name] for name in names})
+    with hushed():
+        return load_model(options["model"], **{name: options[name] for name in names})
 
 
 @app.command()
@@ -227,10 +227,9 @@ def demo(
     device: Device = "auto",
 ) -> None:
     """Show what it does, with the model in the package: prompts with and without style."""
-    from styleattn.pipelines import hush, run_demo
+    from styleattn.pipelines import run_demo
 
     started = time.perf_counter()
-    hush()
     with _progress() as report:
         path = run_demo(out, seed=seed, steps=steps, device=device, progress=report)
     print(f"{path} in {time.perf_counter() - started:.1f} s")
@@ -263,13 +262,13 @@ def explain(
     variant: Variant = None,
 ) -> None:
     """Show, layer by layer, what a method does to a model, on which backend, and why."""
-    from styleattn.pipelines import hush, load_model
+    from styleattn.pipelines import hushed, load_model
     from styleattn.pipelines.settings import make_method
     from styleattn.processors import apply
 
     chosen = make_method(method, set_ or [])
-    hush()
-    pipe = load_model(model, device=device, dtype=dtype, variant=variant)
+    with hushed():
+        pipe = load_model(model, device=device, dtype=dtype, variant=variant)
     with apply(pipe, chosen, backend=backend) as handle:
         print(handle.explain())
 
@@ -277,11 +276,8 @@ def explain(
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> int:
     """Say what can run here and what keeps the rest from it; exit code 1 if something is broken."""
-    from styleattn.pipelines import hush
     from styleattn.pipelines.doctor import examine
 
-    if importlib.util.find_spec("diffusers"):
-        hush()
     checks = examine()
     if as_json:
         print(json.dumps([check._asdict() for check in checks], indent=2))
@@ -327,7 +323,7 @@ def bank_build(
     """Invert a picture once, for `stylize --bank`; an interrupted build goes on where it
     stopped."""
     from styleattn.inversion import read_picture
-    from styleattn.pipelines import Inversion, Sampling, build_bank_file, hush, load_model
+    from styleattn.pipelines import Inversion, Sampling, build_bank_file, hushed, load_model
     from styleattn.pipelines.settings import merged
 
     picture = read_picture(reference)
@@ -336,8 +332,8 @@ def bank_build(
     )
     sampling = Sampling(options["steps"], height=height, width=width)
     inversion = Inversion(float(options["inversion_guidance"]), labels, offset)
-    hush()
-    pipe = load_model(model, device=device, dtype=dtype, variant=variant, scheduler=scheduler)
+    with hushed():
+        pipe = load_model(model, device=device, dtype=dtype, variant=variant, scheduler=scheduler)
     with _progress() as report:
         facts = build_bank_file(
             pipe, picture, reference_prompt, out, sampling, inversion, check=check, progress=report

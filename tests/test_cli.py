@@ -150,6 +150,18 @@ def test_banks(model, work, capsys):
     assert len(pictures(work / "out")) == 3
 
 
+def test_prompts_that_are_cut_off_are_named(model, work, caplog):
+    from diffusers.utils import logging
+
+    (work / "prompts.txt").write_text("a cat " * 100)
+    logging.enable_propagation()
+    try:
+        assert cli.main(stylize(model, work)) == 0
+    finally:
+        logging.disable_propagation()
+    assert "truncated" in caplog.text
+
+
 def test_a_reference_from_a_prompt(model, work):
     argv = stylize(model, work)
     where = argv.index("--reference")
@@ -256,6 +268,8 @@ BAD = [
     (["--scheduler", "magic"], "unknown scheduler"),
     (["--labels", "magic"], "unknown labels"),
     (["--steps", "0"], "num_inference_steps"),
+    (["--seed", "-1"], "seed must lie in 0.."),
+    (["--seed", str(2**64)], "seed must lie in 0.."),
     (["--steps", "many"], "--steps"),
     (["--guidance", "nan"], "guidance_scale"),
     (["--batch-size", "0"], "batch_size"),

@@ -7,7 +7,7 @@ _HOMES = {
     "banks": ("bank_facts", "build_bank_file"),
     "demo": ("run_demo",),
     "folder": ("Job", "run_folder"),
-    "models": ("ModelRefused", "hush", "load_model", "use_ddim"),
+    "models": ("ModelRefused", "hushed", "load_model", "use_ddim"),
     "multidiffusion": ("Panorama", "panorama"),
     "sheet": ("Cell", "contact_sheet"),
     "style_aligned": (

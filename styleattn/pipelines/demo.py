@@ -12,10 +12,10 @@ from PIL import Image
 
 from styleattn.inversion.files import write_atomic, write_json
 
-from .models import TINY, load_model, versions
-from .settings import DEFAULTS, TINY_DEFAULTS
+from .models import TINY, hushed, load_model, versions
+from .settings import merged, styled_method
 from .sheet import Cell, contact_sheet
-from .style_aligned import TRANSFER, Inversion, Sampling, generate, make_trajectory, transfer
+from .style_aligned import Inversion, Sampling, generate, make_trajectory, transfer
 
 SHEET, FACTS = "demo.png", "demo.json"
 _REFERENCES = 3
@@ -49,14 +49,16 @@ def run_demo(
     """
     from styleattn import tiny
 
-    settings = {**DEFAULTS, **TINY_DEFAULTS}
-    sampling = Sampling(steps or settings["steps"], float(settings["guidance"]))
-    inversion = Inversion(float(settings["inversion_guidance"]), settings["labels"])
+    settings = merged({"model": TINY, "steps": steps}, None)
+    method = styled_method(settings, ())
+    sampling = Sampling(settings["steps"], settings["guidance"])
+    inversion = Inversion(settings["inversion_guidance"], settings["labels"], settings["offset"])
     out.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = {"seed": seed, "steps": sampling.num_inference_steps}
     write_json(out / FACTS, {**facts, "complete": False})
     started = time.perf_counter()
-    pipe = load_model(TINY, device=device)
+    with hushed():
+        pipe = load_model(TINY, device=device)
     prompts, references = list(tiny.prompts()), list(tiny.references())[:_REFERENCES]
     total = sampling.num_inference_steps * (1 + 2 * len(references))
     base = 0
@@ -76,7 +78,7 @@ def run_demo(
             pipe,
             trajectory,
             prompts,
-            method=TRANSFER,
+            method=method,
             sampling=sampling,
             inversion=inversion,
             seed=seed,
@@ -91,7 +93,7 @@ def run_demo(
         "complete": True,
         "prompts": prompts,
         "references": [{"name": r.name, "prompt": r.prompt} for r in references],
-        "method": TRANSFER.to_dict(),
+        "method": method.to_dict(),
         "versions": versions(),
         "seconds": time.perf_counter() - started,
     }

@@ -106,9 +106,10 @@ def _operation() -> list[Check]:
 def _embedded() -> list[Check]:
     if not importlib.util.find_spec("diffusers"):
         return [Check("tiny-sdxl", "absent", "needs diffusers: pip install 'styleattn[diffusers]'")]
-    from .models import load_model
+    from .models import hushed, load_model
 
-    pipe = load_model("tiny-sdxl", device="cpu")
+    with hushed():
+        pipe = load_model("tiny-sdxl", device="cpu")
     count = sum(p.numel() for p in pipe.unet.parameters())
     return [Check("tiny-sdxl", "ok", f"loads; a UNet of {count / 1e6:.1f} million parameters")]
 

@@ -169,6 +169,8 @@ def _check(pipe: Any, job: Job) -> None:
     """Find out before anything is computed or written that a method does not fit the model."""
     if not job.prompts:
         raise ValueError("no prompts")
+    if not 0 <= job.seed < 2**63 - len(job.prompts):
+        raise ValueError(f"seed must lie in 0..{2**63 - len(job.prompts) - 1}, got {job.seed}")
     offset, steps = job.inversion.offset, job.sampling.num_inference_steps
     if offset is not None and not 0 <= offset < steps:
         raise ValueError(f"offset must lie in 0..{steps - 1}, got {offset}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,17 +153,30 @@ def _first_line(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def hush() -> None:
-    """Keep the progress bars and notes of diffusers and transformers off the terminal, for this
-    process."""
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Within: no progress bars and notes of diffusers and transformers; for the loading of models.
+
+    Their warnings speak again afterwards (a prompt that is cut off, for example); the bars stay
+    away.
+    """
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()  # before diffusers imports it all
-    transformers.utils.logging.disable_progress_bar()
+    speakers = [transformers.utils.logging]
+    levels = [speakers[0].get_verbosity()]
+    speakers[0].set_verbosity_error()  # before diffusers imports it all
     import diffusers
 
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
+    speakers.append(diffusers.utils.logging)
+    levels.append(speakers[1].get_verbosity())
+    speakers[1].set_verbosity_error()
+    for speaker in speakers:
+        speaker.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for speaker, level in zip(speakers, levels, strict=True):
+            speaker.set_verbosity(level)
 
 
 def versions() -> dict[str, str | None]:

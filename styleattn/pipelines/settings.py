@@ -47,7 +47,15 @@ DEFAULTS: dict[str, Any] = {
     "scheduler": "ddim",
     "offload": False,
 }
-TINY_DEFAULTS: dict[str, Any] = {"steps": 30, "guidance": 3.0, "inversion_guidance": 1.0}
+TINY_DEFAULTS: dict[str, Any] = {
+    "steps": 20,
+    "guidance": 3.0,
+    "inversion_guidance": 1.0,
+    "offset": 0,
+}
+# StyleAligned's knobs for transfer from a picture: the paper's, and what suits the embedded model.
+_TRANSFER: dict[str, Any] = {"shared_score_shift": log(2)}
+_TINY_TRANSFER: dict[str, Any] = {"share_group_norm": False}
 _NUMBERS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("seed", "steps", "batch_size", "height", "width", "offset"), (int,)),
     **dict.fromkeys(("guidance", "score_shift", "score_scale", "inversion_guidance"), (int, float)),
@@ -73,9 +81,11 @@ def merged(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
 
 
 def styled_method(options: Mapping[str, Any], knobs: Sequence[str]) -> Any:
-    """The method of the options; StyleAligned starts from the paper's setting for transfer."""
+    """The method of the options; StyleAligned starts from the settings for transfer."""
     name = options["method"]
-    base: dict[str, Any] = {"shared_score_shift": log(2)} if name == "style_aligned" else {}
+    base: dict[str, Any] = {}
+    if name == "style_aligned":
+        base.update(_TINY_TRANSFER if options["model"] == TINY else _TRANSFER)
     base.update(options["knobs"])
     for option, knob in (
         ("score_shift", "shared_score_shift"),
