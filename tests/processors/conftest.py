@@ -78,12 +78,13 @@ def relative(a, b):
 @pytest.fixture(autouse=True)
 def no_style_left(request):
     """Whatever a test did, the shared pipelines have no style afterwards."""
-    yield
     from styleattn.processors import remove
 
-    for name in ("pipe", "sdxl", "sdxl3"):
-        if name in request.fixturenames:
-            remove(request.getfixturevalue(name))
+    names = [n for n in ("pipe", "sdxl", "sdxl3") if n in request.fixturenames]
+    pipes = [request.getfixturevalue(name) for name in names]
+    yield
+    for pipe in pipes:
+        remove(pipe)
 
 
 @pytest.fixture
