@@ -178,16 +178,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = _plan(options)
     except (ValueError, RuntimeError) as problem:
         parser.error(str(problem))
+    output = options.output or RESULTS / f"{machine(plan.device)}.csv"
     if options.plot:
         from plot import draw
 
-        print(draw(options.output or RESULTS / f"{machine(plan.device)}.csv", options.plot))
+        try:
+            print(draw(output, options.plot))
+        except ValueError as problem:
+            parser.error(str(problem))
         return 0
     if options.compare:
-        from compare import compare
+        from compare import Failed, compare
 
-        return int(compare(options.compare, plan) > 0)
-    output = options.output or RESULTS / f"{machine(plan.device)}.csv"
+        try:
+            return int(compare(options.compare, plan) > 0)
+        except Failed as problem:
+            parser.error(str(problem))
     rows = run(plan, None if options.no_save else output)
     return int(any(row.group == "ours" and row.status != "ok" for row in rows))
 

@@ -17,6 +17,7 @@ import styleattn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import compare  # noqa: E402
 import measure  # noqa: E402
 import plot  # noqa: E402
 import results  # noqa: E402
@@ -218,12 +219,58 @@ def test_command_line_measures_saves_and_draws(tmp_path: Path) -> None:
     assert any(p.name.startswith("roofline") for p in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("asked", [["--shapes", "sdxx-*"], ["--clock", "graph", "--device", "cpu"]])
-def test_command_line_refuses(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (["--shapes", "sdxx-*"], "no shape matches"),
+        (["--clock", "graph", "--device", "cpu"], "cannot time cpu"),
+        (["--compare", "no-such-commit"], "git worktree add"),
+        (["--plot", "nowhere", "--output", "nothing.csv"], "no measured rows"),
+    ],
+)
+def test_command_line_refuses(
+    asked: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         run.main([*asked, "--no-save"])
-    assert stop.value.code == 2
-    assert "matches" in (told := capsys.readouterr().err) or "cannot time" in told
+    assert stop.value.code == 2 and why in capsys.readouterr().err
+
+
+class _Tree:
+    """A process that measured what it is told."""
+
+    def __init__(self, ms: float, problem: str = ""):
+        self.ms, self.problem = ms, problem
+
+    def ask(self, **request: object) -> dict[str, object]:
+        return {"problem": self.problem} if "prepare" in request else {"ms": self.ms}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "flagged"),
+    [
+        (_Tree(1.0), _Tree(1.04), False),
+        (_Tree(1.0), _Tree(1.06), True),
+        (_Tree(1.0), _Tree(0.5), False),
+        (_Tree(1.0), _Tree(1.0, "ValueError: wrong"), True),
+        (_Tree(1.0, "Unsupported: no"), _Tree(1.0), False),
+    ],
+)
+def test_comparison_flags_what_became_slower(before: _Tree, now: _Tree, flagged: bool) -> None:
+    call = {"shape": "sdxl-1024", "dtype": "float32", "provider": "ours-cpu"}
+    assert compare._pair([before, now], call, 5, 0.05) is flagged
+
+
+def test_comparison_worker_measures_its_own_tree() -> None:
+    worker = compare.Worker(ROOT, 1)
+    try:
+        call = {"shape": "sd15-256", "size": "tiny", "dtype": "float32", "device": "cpu"}
+        call |= {"provider": "ours-torch", "clock": "wall"}
+        assert worker.ask(prepare=call) == {"problem": ""}
+        assert worker.ask(sample=0)["ms"] > 0
+        assert "cuDNN" in worker.ask(prepare=call | {"provider": "sdpa-cudnn"})["problem"]
+    finally:
+        worker.close()
 
 
 def test_script_lists() -> None:
