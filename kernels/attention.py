@@ -1,10 +1,13 @@
-"""The fused attention kernel: any branches and segments of the operation in one launch, K and V read once, untransformed.
+"""The fused attention kernel: any branches and segments in one launch, K and V read once.
 
-One program owns one tile of queries of one (batch row, head). Per branch it runs flash attention over each segment in turn.
-What distinguishes segments is paid for at their boundaries only: the folded query tile, the logit scale and the bias (the
-running maximum is shifted into the segment's frame and back), and the value affine (on the accumulator). The loop over keys
-is that of plain attention, rotated by hand: the products of the next step are issued before the softmax of this one, and V
-is loaded after the softmax; the ragged last step is peeled and is the only one that masks.
+One program owns one tile of queries of one (batch row, head). Per branch it runs flash attention
+over each segment in turn. What distinguishes segments is paid for at their boundaries only: the
+folded query tile, the logit scale and the bias (the running maximum is shifted into the segment's
+frame and back), and the value affine (on the accumulator).
+
+The loop over keys is that of plain attention, rotated by hand. One turn issues the products of the
+next step, then takes the exponentials of this one (they depend on neither), loads V and adds, and
+only then looks at the new products. The ragged last step is peeled and is the only one that masks.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _key_bias(segment, row, start, n, keep):
-    """[N] in log2 units: the key bias, -inf where a column is not to be kept (keep None: all are); or None."""
+    """[N] in log2 units: the key bias, -inf where not kept (keep None: all are); or None."""
     if segment.key_bias is None:
         if keep is None:
             return None
@@ -243,7 +246,7 @@ def launch_of(
     lse: Tensor,
     arch: str,
 ) -> Launch:
-    """The launch of a normalised call on an architecture of the configuration table; nothing is started."""
+    """The launch of a normalised call on an architecture of the table; nothing is started."""
     kernels = {"attention": attention_kernel, "decoupled": decoupled_kernel}
     return plan(kernels.__getitem__, query, branches, softmax_scale, out, lse, arch)
 
@@ -261,7 +264,8 @@ def attention_forward(
         softmax_scale: sigma.
 
     Returns:
-        out [B, H, L, D] in the query's dtype, laid out [B, L, H, D]; lse [branches, B, H, L] fp32, natural logarithm.
+        out [B, H, L, D] in the query's dtype, laid out [B, L, H, D]; lse [branches, B, H, L] fp32,
+        natural logarithm.
         The softmax, the folds and both accumulators are fp32; fp32 inputs are multiplied exactly.
 
     Raises:
@@ -269,7 +273,7 @@ def attention_forward(
     """
     arch = arch_of(query)
     if arch is None:
-        raise ValueError(f"triton: {'; '.join(reasons(query, branches))}")
+        raise ValueError(f"attention: {'; '.join(reasons(query, branches))}")
     batch, heads, length, dim = query.shape
     out = torch.empty(batch, length, heads, dim, dtype=query.dtype, device=query.device).transpose(
         1, 2

@@ -1,4 +1,4 @@
-"""Launch configurations: a frozen table per architecture. Nothing here measures; tuning is a diff to this file."""
+"""Launch configurations: a frozen table per architecture. Tuning is a diff to this file."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def next_power_of_2(n: int) -> int:
 def low_width(head_dim):
     """The width of the first chunk of a head dimension (a power of two >= 16).
 
-    A head dimension is held as one padded chunk, or as two where that is less: 40 = 32 + 16 (8 used),
-    80 = 64 + 16, 160 = 128 + 32.
+    A head dimension is held as one padded chunk, or as two where that is less:
+    40 = 32 + 16 (8 of them used), 80 = 64 + 16, 160 = 128 + 32.
     """
     padded = max(16, 1 << (head_dim - 1).bit_length())
     low = padded // 2
@@ -45,20 +45,21 @@ def high_width(head_dim):
 # Classes of head dimensions: the first limit that the widths do not exceed.
 _WIDTHS = (64, 128, 192, 256)
 
-# (architecture, bytes per element) -> one Tile per width class. The sm_90 rows at 64 and 128 are those whose loop overlaps
-# the softmax with the products of the next step; fp32 runs on the ordinary cores (exact), with small tiles.
+# (architecture, bytes per element) -> one Tile per width class. The sm_90 rows at 64 and 128 are
+# those whose loop overlaps the softmax with the products of the next step; fp32 runs on the
+# ordinary cores (exact), with small tiles.
 TILES: dict[tuple[str, int], tuple[Tile, Tile, Tile, Tile]] = {
     ("sm_80", 2): (
-        Tile(128, 64, 4, 2),
         Tile(128, 64, 8, 2),
-        Tile(64, 64, 4, 2),
-        Tile(64, 32, 4, 2),
+        Tile(128, 64, 8, 2),
+        Tile(64, 32, 8, 2),
+        Tile(64, 32, 8, 2),
     ),
     ("sm_89", 2): (
         Tile(128, 64, 8, 2),
-        Tile(128, 32, 8, 2),
-        Tile(64, 32, 4, 2),
-        Tile(64, 32, 4, 2),
+        Tile(128, 64, 8, 2),
+        Tile(64, 32, 8, 2),
+        Tile(64, 32, 8, 2),
     ),
     ("sm_90", 2): (
         Tile(128, 128, 8, 2),
@@ -78,11 +79,11 @@ TILES: dict[tuple[str, int], tuple[Tile, Tile, Tile, Tile]] = {
         Tile(64, 32, 4, 1),
         Tile(64, 32, 4, 1),
     ),
-    ("sm_80", 4): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
-    ("sm_89", 4): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
-    ("sm_90", 4): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
-    ("sm_100", 4): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
-    ("gfx942", 4): (Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
+    ("sm_80", 4): (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
+    ("sm_89", 4): (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
+    ("sm_90", 4): (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
+    ("sm_100", 4): (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
+    ("gfx942", 4): (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
     ("interpreter", 2): (Tile(64, 32, 1, 1),) * 4,
     ("interpreter", 4): (Tile(64, 32, 1, 1),) * 4,
 }
@@ -117,7 +118,8 @@ def attention_tile(
         arch: a name of ARCHITECTURES, or "interpreter".
         head_dim, itemsize: of the inputs.
         length: number of queries; longest: number of keys of the longest segment.
-        heavy: the kernel keeps a second accumulator or blends keys on load, and needs room in registers.
+        heavy: the kernel keeps a second accumulator or blends keys on load, and needs room in
+        registers.
     """
     width = low_width(head_dim) + high_width(head_dim)
     tile = TILES[arch, itemsize][next(i for i, limit in enumerate(_WIDTHS) if width <= limit)]
@@ -131,7 +133,7 @@ def attention_tile(
 
 
 def decoupled_tile(arch: str, head_dim: int, itemsize: int, keys: int) -> Tile:
-    """The launch configuration of the one-tile kernel: all keys of all branches (at most 128) are one step."""
+    """The launch configuration of the one-tile kernel: all keys of all branches are one step."""
     columns = max(16, next_power_of_2(keys))
     if arch == "interpreter":
         return Tile(64, columns, 1, 1)

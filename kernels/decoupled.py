@@ -1,7 +1,8 @@
-"""Decoupled cross-attention in one tile: all keys of all branches (at most 128) are the columns of one product.
+"""Decoupled cross-attention in one tile: all keys of all branches are columns of one product.
 
-No online softmax, one product with the keys, one with the values, one store: every branch owns a range of columns, takes
-its own maximum and sum there, and its weight is multiplied into the probabilities.
+No online softmax, one product with the keys, one with the values, one store: every branch owns a
+range of the (at most 128) columns, takes its own maximum and sum there, and its weight is
+multiplied into the probabilities.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .primitives import (
 
 @triton.jit
 def _segment_columns(segment, b, h, n, begin, scale2):
-    """Where the columns of one segment are: key and value pointers [N], inside [N], scale and bias [N] in log2 units."""
+    """Columns [N] of one segment: key and value pointers, inside, readable, scale, bias."""
     row = b
     if segment.rows is not None:
         row = tl.load(segment.rows + b).to(tl.int64)

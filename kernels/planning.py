@@ -1,4 +1,7 @@
-"""From a normalised call to one launch: which kernel, which tile, which arguments. No tensor is read here but CPU row maps."""
+"""From a normalised call to one launch: which kernel, which tile, which arguments.
+
+No tensor is read here but row maps that live on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ def _probe_kernel(a, out):
 
 @functools.cache
 def _interpreter_multiplies_bf16() -> bool:
-    """Whether tl.dot of bf16 is right under the Triton interpreter (3.6 and 3.7 multiply the raw bits)."""
+    """Whether the interpreter multiplies bfloat16 (Triton 3.6 and 3.7 multiply the raw bits)."""
     out = torch.empty(16, 16)
     _probe_kernel[(1,)](torch.ones(16, 16, dtype=torch.bfloat16), out)
     return bool((out == 16).all())
@@ -83,15 +86,12 @@ def reasons(query: Tensor, branches: Sequence[Branch]) -> list[str]:
     found = []
     kind = query.device.type
     if kind == "cpu" and not interpreted():
-        found.append(
-            "CPU tensors run under the Triton interpreter only (TRITON_INTERPRET=1 before triton is imported)"
-        )
+        found.append("CPU tensors need Triton's interpreter: TRITON_INTERPRET=1 before its import")
     elif kind not in ("cpu", "cuda"):
         found.append(f"device is {query.device}, the kernels run on NVIDIA and AMD GPUs")
     elif kind == "cuda" and arch_of(query) is None:
-        found.append(
-            f"{torch.cuda.get_device_name(query.device)} is neither NVIDIA sm_80 or later nor AMD CDNA 2 or later"
-        )
+        name = torch.cuda.get_device_name(query.device)
+        found.append(f"{name} is neither NVIDIA sm_80 or later nor AMD CDNA 2 or later")
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         found.append(f"dtype is {query.dtype}, the kernels take float32, float16 and bfloat16")
     elif query.dtype == torch.bfloat16 and interpreted() and not _interpreter_multiplies_bf16():
@@ -127,7 +127,7 @@ def _rows(x: Tensor, *, broadcast: bool = False) -> Rows:
 
 @functools.lru_cache(maxsize=256)
 def _on_device(table: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """Row maps known on the host, copied once per content; rows of 16 bytes, so that each starts aligned."""
+    """Row maps known on the host, copied once per content; every line starts aligned."""
     width = -(-len(table[0]) // 4) * 4
     return torch.tensor([row + (0,) * (width - len(row)) for row in table], dtype=torch.int32).to(
         device
@@ -135,7 +135,7 @@ def _on_device(table: tuple[tuple[int, ...], ...], device: torch.device) -> Tens
 
 
 class _Maps:
-    """Collects the row maps that live on the host: they travel together, and say which batch rows have the most work."""
+    """Collects the row maps that live on the host: they travel together, and order the work."""
 
     def __init__(self, batch: int, device: torch.device):
         self.work = [0] * batch
@@ -239,7 +239,7 @@ def _branches(
 
 
 def _is_decoupled(branches: Sequence[Branch], arguments: Sequence[BranchArgs]) -> bool:
-    """Whether the one-tile kernel covers a call: several short segments, one query, no affine, no blend, no bias per query."""
+    """Whether one tile covers a call: several short segments, one query, nothing that folds."""
     segments = [s for a in arguments for s in a.segments]
     return (
         len(segments) > 1

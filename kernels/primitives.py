@@ -1,8 +1,9 @@
 """Small device functions that every attention kernel of this package is built from.
 
-Shapes in comments: M query rows and N keys of one tile, D channels. A head dimension is held as one or two *chunks* (a tuple
-of tensors): 40 = 32 + 16, 80 = 64 + 16, 160 = 128 + 32, where the last chunk may be padded with zeros; see `configs.chunks`.
-Logits live in log2 units: exp2(x * log2(e)) is one multiply-add and one special-function instruction per element.
+Shapes in comments: M query rows and N keys of one tile, D channels. A head dimension is held as one
+or two *chunks* (a tuple of tensors): 40 = 32 + 16, 80 = 64 + 16, 160 = 128 + 32, where the last may
+be padded with zeros; see `configs.low_width`. Logits live in log2 units: exp2(x * log2(e)) is one
+multiply-add and one special-function instruction per element.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ HALF_ROOM = tl.constexpr(
 
 
 class Number(NamedTuple):
-    """A scalar by value, or a pointer to [B] or [B, L] fp32 with its strides (stride_l None: no L)."""
+    """A scalar by value, or a pointer to [B] or [B, L] fp32 (stride_l None: [B])."""
 
     value: Any
     pointer: Any = None
@@ -40,7 +41,8 @@ class Map(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A [B or R, H, tokens, D] tensor: pointer and strides (row, head, token); the last dim is contiguous.
+    """A [B or R, H, tokens, D] tensor: pointer and strides (row, head, token); the last dim is
+    contiguous.
 
     aligned: 1 where all strides are multiples of 8 elements, so that 16 bytes are one load (the
     compiler sees multiples of 16 by itself, and 40 channels per head are none).
@@ -154,7 +156,7 @@ def load_tile(x, b, h, start, n, valid, D: tl.constexpr):
 
 @triton.jit
 def gather_chunk(pointers, seen, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """[N, WIDTH]: channels FIRST.. of the tokens at pointers [N]; zero where not seen and beyond D."""
+    """[N, WIDTH]: channels FIRST.. of the tokens at pointers [N]; zero where not seen."""
     d = FIRST + tl.arange(0, WIDTH)
     return tl.load(pointers[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
 
@@ -171,7 +173,7 @@ def gather_tile(pointers, seen, D: tl.constexpr):
 
 @triton.jit
 def load_blended(x, own, blend, row, b, h, start, n, valid, D: tl.constexpr):
-    """A key or value tile; with `own`, blend * x[row] + (1 - blend) * own[b], in fp32, rounded once."""
+    """A key or value tile; with `own`, blend * x[row] + (1 - blend) * own[b] in fp32."""
     tile = load_tile(x, row, h, start, n, valid, D)
     if own is None:
         return tile
@@ -322,7 +324,7 @@ def round_chunk(
 
 @triton.jit
 def _peak(folded):
-    """[M]: the largest magnitude of a row, as a multiple of what an fp16 query may hold; at least 1."""
+    """[M]: the largest magnitude of a row over what an fp16 query may hold; at least 1."""
     return tl.maximum(tl.max(tl.abs(folded), 1) / HALF_ROOM, 1.0)
 
 
@@ -335,14 +337,14 @@ def _folded_tile(branch, segment, place, scale, D: tl.constexpr):
         center = segment.key_map.center
     room = None
     low, term = fold_chunk(branch, segment, place, 0, low_width(D), D)
-    if tl.constexpr(DTYPE == tl.float16):
+    if DTYPE.is_fp16():
         room = _peak(low)
     if high_width(D) == 0:
         low, lost = round_chunk(low, room, center, place[2] * D, 0, D, DTYPE)
         q = (low,)
     else:
         high, more = fold_chunk(branch, segment, place, low_width(D), high_width(D), D)
-        if tl.constexpr(DTYPE == tl.float16):
+        if DTYPE.is_fp16():
             room = tl.maximum(room, _peak(high))
         low, lost = round_chunk(low, room, center, place[2] * D, 0, D, DTYPE)
         high, also = round_chunk(high, room, center, place[2] * D, low_width(D), D, DTYPE)
@@ -422,7 +424,7 @@ def merge_states(one, two):
 
 @triton.jit
 def finish(total, top, null_keys):
-    """(natural-log LSE [M], factor [M] that normalises the accumulator); null keys have logit 0 and value 0."""
+    """(natural-log LSE [M], factor [M] that normalises); null keys have logit and value 0."""
     factor = tl.full(top.shape, 1.0, tl.float32)
     if null_keys is not None:
         new = tl.maximum(top, 0.0)

@@ -1,8 +1,9 @@
-"""Token statistics: per-channel mean and standard deviation over the tokens, in one read of the tensor.
+"""Token statistics: mean and standard deviation per channel, in one read of the tensor.
 
-A program sees a run of tokens as tiles; each tile's mean and sum of squared deviations are taken around its own mean (two
-passes over registers), so nothing overflows in half precision and |mean| >> std costs no digits. Tiles and runs are merged
-by Chan's rule in a fixed order: same input, same bits.
+A program sees a run of tokens as tiles; each tile's sum of squared deviations is taken around its
+own mean (two passes over registers), and means are kept relative to token 0, so nothing overflows
+in half precision and |mean| >> std costs no digits. Tiles and runs are merged by Chan's rule in a
+fixed order: same input, same bits.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import next_power_of_2
-from .planning import Launch, arch_of, reasons
+from .planning import Launch, reasons
 from .primitives import Rows, token_offsets, token_pointer
 
 BLOCK = 64  # tokens per tile
@@ -23,7 +24,7 @@ _WARPS = 4
 
 @triton.jit
 def merge_moments(n, mean, square, n2, mean2, square2):
-    """Chan's rule: (count, mean, sum of squared deviations) of two sets together; counts are not both 0."""
+    """Chan's rule: (count, mean, squared deviations) of two sets; counts are not both 0."""
     both = n + n2
     delta = mean2 - mean
     share = n2 / both
@@ -31,33 +32,41 @@ def merge_moments(n, mean, square, n2, mean2, square2):
 
 
 @triton.jit
+def _first_token(x, b, h, stride_d, D: tl.constexpr, WIDTH: tl.constexpr):
+    """[WIDTH] fp32: token 0, around which all means are kept; absolute ones would lose digits."""
+    d = tl.arange(0, WIDTH)
+    at = token_pointer(x, b, h, 0) + d * stride_d
+    return tl.load(at, mask=d < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _run_moments(
-    x, b, h, begin, end, stride_d, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """(count, mean [WIDTH], sum of squared deviations [WIDTH]) of the tokens begin..end of (b, h)."""
+    x, first, b, h, begin, end, stride_d,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(count, mean - first, squared deviations) [WIDTH] of the tokens begin..end of (b, h)."""
     d = tl.arange(0, WIDTH)
     n = tl.arange(0, BLOCK_N)
     count = tl.zeros([WIDTH], tl.float32)
     mean = tl.zeros([WIDTH], tl.float32)
     square = tl.zeros([WIDTH], tl.float32)
-    for at in tl.range(begin, end, BLOCK_N):
-        seen = (n < end - at)[:, None] & (d < D)[None, :]
-        values = tl.load(
-            token_pointer(x, b, h, at) + token_offsets(x, n)[:, None] + d[None, :] * stride_d,
-            mask=seen,
-            other=0.0,
-        )
-        values = values.to(tl.float32)
-        tokens = tl.minimum(end - at, BLOCK_N).to(tl.float32)
-        # around the first token: sums of large, nearly equal numbers lose digits
-        first = tl.sum(tl.where((n == 0)[:, None], values, 0.0), 0)
+    for start in tl.range(begin, end, BLOCK_N):
+        seen = (n < end - start)[:, None] & (d < D)[None, :]
+        at = token_pointer(x, b, h, start) + token_offsets(x, n)[:, None] + d[None, :] * stride_d
+        values = tl.load(at, mask=seen, other=0.0).to(tl.float32)
         away = tl.where(seen, values - first[None, :], 0.0)
-        shift = tl.sum(away, 0) / tokens
-        away = tl.where(seen, away - shift[None, :], 0.0)
-        count, mean, square = merge_moments(
-            count, mean, square, tokens, first + shift, tl.sum(away * away, 0)
-        )
+        tokens = tl.minimum(end - start, BLOCK_N).to(tl.float32)
+        mean2 = tl.sum(away, 0) / tokens
+        away = tl.where(seen, away - mean2[None, :], 0.0)
+        square2 = tl.sum(away * away, 0)
+        count, mean, square = merge_moments(count, mean, square, tokens, mean2, square2)
     return count, mean, square
+
+
+@triton.jit
+def _deviation(count, square, eps):
+    """sqrt(unbiased variance + eps); one token has variance 0."""
+    return tl.sqrt_rn(square / tl.maximum(count - 1.0, 1.0) + eps)
 
 
 @triton.jit
@@ -67,29 +76,34 @@ def stats_kernel(
 ):  # fmt: skip
     """Moments of one run of tokens. Grid: (runs, heads, batch rows). x [B, H, N, D].
 
-    FINAL (one run): mean and sqrt(unbiased variance + eps), [B, H, D]. Else mean and squared deviations, [B, H, runs, D].
+    FINAL (one run): mean and deviation, [B, H, D]. Else mean - token 0 and squared deviations,
+    [B, H, runs, D].
     """
     run = tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     begin = run * RUN_N
     end = tl.minimum(begin + RUN_N, N)
-    count, mean, square = _run_moments(x, b, h, begin, end, stride_d, D, WIDTH, BLOCK_N)
+    first = _first_token(x, b, h, stride_d, D, WIDTH)
+    count, mean, square = _run_moments(x, first, b, h, begin, end, stride_d, D, WIDTH, BLOCK_N)
     d = tl.arange(0, WIDTH)
     at = ((b * H + h) * runs + run) * D + d
     if FINAL:
-        square = tl.sqrt_rn(square / tl.maximum(count - 1.0, 1.0) + eps)
+        mean += first
+        square = _deviation(count, square, eps)
     tl.store(mean_out + at, mean, mask=d < D)
     tl.store(second_out + at, square, mask=d < D)
 
 
 @triton.jit
 def merge_kernel(
-    means, squares, mean_out, std_out, N, runs, eps,
+    x, stride_d, means, squares, mean_out, std_out, H, N, runs, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, RUN_N: tl.constexpr,
 ):  # fmt: skip
-    """Merge the runs of one (batch row, head). Grid: (B * H,). means, squares [B * H, runs, D]."""
-    row = tl.program_id(0).to(tl.int64)
+    """Merge the runs of one (batch row, head). Grid: (1, heads, batch rows)."""
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    row = b * H + h
     d = tl.arange(0, WIDTH)
     count = tl.zeros([WIDTH], tl.float32)
     mean = tl.zeros([WIDTH], tl.float32)
@@ -100,13 +114,13 @@ def merge_kernel(
         mean2 = tl.load(means + at, mask=d < D, other=0.0)
         square2 = tl.load(squares + at, mask=d < D, other=0.0)
         count, mean, square = merge_moments(count, mean, square, tokens, mean2, square2)
-    std = tl.sqrt_rn(square / tl.maximum(count - 1.0, 1.0) + eps)
-    tl.store(mean_out + row * D + d, mean, mask=d < D)
-    tl.store(std_out + row * D + d, std, mask=d < D)
+    first = _first_token(x, b, h, stride_d, D, WIDTH)
+    tl.store(mean_out + row * D + d, first + mean, mask=d < D)
+    tl.store(std_out + row * D + d, _deviation(count, square, eps), mask=d < D)
 
 
 def stats_launches(x: Tensor, eps: float, mean: Tensor, std: Tensor) -> list[Launch]:
-    """The launches that fill mean and std [B, H, D] fp32: one, or two where there is more than one run of tokens."""
+    """The launches that fill mean and std [B, H, D] fp32: two where there are several runs."""
     batch, heads, length, dim = x.shape
     runs = -(-length // RUN)
     width = max(16, next_power_of_2(dim))
@@ -117,19 +131,16 @@ def stats_launches(x: Tensor, eps: float, mean: Tensor, std: Tensor) -> list[Lau
     if runs > 1:
         scratch = torch.empty(2, batch, heads, runs, dim, dtype=torch.float32, device=x.device)
         parts = (scratch[0], scratch[1])
-    args = (rows, x.stride(3), *parts, heads, length, runs, eps)
+    shape = (heads, length, runs, eps)
     first = {**constants, "FINAL": runs == 1, "BLOCK_N": BLOCK}
-    launches = [Launch(stats_kernel, (runs, heads, batch), args, first, options)]
-    if runs > 1:
-        launches.append(
-            Launch(
-                merge_kernel,
-                (batch * heads, 1, 1),
-                (*parts, mean, std, length, runs, eps),
-                constants,
-                options,
-            )
+    launches = [
+        Launch(
+            stats_kernel, (runs, heads, batch), (rows, x.stride(3), *parts, *shape), first, options
         )
+    ]
+    if runs > 1:
+        args = (rows, x.stride(3), *parts, mean, std, *shape)
+        launches.append(Launch(merge_kernel, (1, heads, batch), args, constants, options))
     return launches
 
 
@@ -146,8 +157,9 @@ def token_stats_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: where the kernels cannot run on x.
     """
-    if arch_of(x) is None:
-        raise ValueError(f"triton: {'; '.join(reasons(x, ()))}")
+    found = reasons(x, ())
+    if found:
+        raise ValueError(f"token_stats: {'; '.join(found)}")
     batch, heads, _, dim = x.shape
     mean = torch.empty(batch, heads, dim, dtype=torch.float32, device=x.device)
     std = torch.empty_like(mean)
