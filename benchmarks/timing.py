@@ -6,6 +6,7 @@ GPU a call must not find its own inputs in the cache only because it has just us
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -64,8 +65,8 @@ def interleaved(
 
 
 def _host(calls: Calls, now: Callable[[], float]) -> Callable[[int], float]:
-    """A sampler by a clock of the CPU: warms the call up, and repeats a short one."""
-    calls[0]()
+    """A sampler by a clock of the CPU, of a call that the gate has warmed up; repeats a short
+    one."""
     start = now()
     calls[0]()
     once = now() - start
@@ -92,10 +93,15 @@ def cpu_time(calls: Calls) -> Callable[[int], float]:
     return _host(calls, time.process_time)
 
 
+@functools.cache
+def _flush() -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+
 def events(calls: Calls) -> Callable[[int], float]:
     """A sampler by CUDA events with a cold L2: what one call costs between other layers. Where the
     kernels are shorter than their launches, it is the launches that are measured."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush = _flush()
     for call in (*calls, *calls):
         call()
     torch.cuda.synchronize()
