@@ -195,6 +195,31 @@ def test_demo(model, work, capsys, monkeypatch):
     assert (work / "again" / "demo.png").read_bytes() == first
 
 
+@pytest.mark.slow
+def test_the_embedded_model(work, capsys):
+    """The main job: a picture, prompts, one command, no network, no GPU."""
+    from styleattn import tiny
+
+    try:
+        tiny.path()
+    except FileNotFoundError:
+        pytest.skip("this installation has no embedded model")
+    reference = tiny.references()[0]
+    reference.image.save(work / "style.png")
+    (work / "prompts.txt").write_text("\n".join(tiny.prompts()[:3]))
+    argv = stylize("tiny-sdxl", work, "--steps", "6", "--reference-prompt", reference.prompt)
+    found = []
+    for size in ("3", "1", "2"):
+        assert cli.main([*argv, "--batch-size", size, "--out", str(work / size)]) == 0
+        files = sorted((work / size).glob("0*.png"))
+        found.append(np.stack([np.asarray(Image.open(path), dtype=float) for path in files]))
+    for other in found[1:]:  # a batch touches its pictures by rounding only
+        assert np.abs(found[0] - other).max() <= 1
+    assert cli.main([*argv, "--set", "share_attention=false", "--out", str(work / "less")]) == 0
+    assert cli.main(["explain"]) == 0
+    assert "style_aligned" in capsys.readouterr().out
+
+
 def test_a_missing_embedded_model(work, capsys, monkeypatch):
     from styleattn import tiny
 

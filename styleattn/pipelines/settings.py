@@ -53,9 +53,8 @@ TINY_DEFAULTS: dict[str, Any] = {
     "inversion_guidance": 1.0,
     "offset": 0,
 }
-# StyleAligned's knobs for transfer from a picture: the paper's, and what suits the embedded model.
+# StyleAligned's knobs for transfer from a picture to a full-sized model, as the paper has them.
 _TRANSFER: dict[str, Any] = {"shared_score_shift": log(2)}
-_TINY_TRANSFER: dict[str, Any] = {"share_group_norm": False}
 _NUMBERS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("seed", "steps", "batch_size", "height", "width", "offset"), (int,)),
     **dict.fromkeys(("guidance", "score_shift", "score_scale", "inversion_guidance"), (int, float)),
@@ -84,8 +83,8 @@ def styled_method(options: Mapping[str, Any], knobs: Sequence[str]) -> Any:
     """The method of the options; StyleAligned starts from the settings for transfer."""
     name = options["method"]
     base: dict[str, Any] = {}
-    if name == "style_aligned":
-        base.update(_TINY_TRANSFER if options["model"] == TINY else _TRANSFER)
+    if name == "style_aligned" and options["model"] != TINY:
+        base.update(_TRANSFER)
     base.update(options["knobs"])
     for option, knob in (
         ("score_shift", "shared_score_shift"),
