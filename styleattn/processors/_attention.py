@@ -73,6 +73,11 @@ class StyleAttnProcessor:
     def __init__(self, base: Any = None):
         self.base = base
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StyleAttnProcessor:
+        """A processor that stands in for the same one: dictionaries of processors are copied to be
+        put back later."""
+        return StyleAttnProcessor(memo.get(id(self.base), self.base))
+
     def __call__(
         self,
         attn: Attention,

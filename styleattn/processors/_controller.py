@@ -320,8 +320,7 @@ class Controller:
             ValueError: no method here differs from the given one in numbers only.
         """
         for i, old in enumerate(self.methods):
-            same = {k: v for k, v in old.to_dict().items() if k not in old.NUMBERS}
-            if same == {k: v for k, v in method.to_dict().items() if k not in method.NUMBERS}:
+            if _without_numbers(old) == _without_numbers(method):
                 self.methods[i] = method
                 for name, tensor in self.numbers[i].items():
                     tensor.fill_(float(getattr(method, name)))
@@ -348,6 +347,12 @@ class Controller:
             yield
         finally:
             self.explicit = before
+
+
+def _without_numbers(method: Method) -> tuple[dict[str, Any], list[int]]:
+    """The settings of a method but its numbers; masks by identity."""
+    settings = {k: v for k, v in method.to_dict().items() if k not in method.NUMBERS}
+    return settings, [id(r.mask) for r in method.references or ()]
 
 
 def _times(a: Number, b: Number) -> Number:

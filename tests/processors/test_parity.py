@@ -70,6 +70,15 @@ def test_backends_agree(sdxl3, run, distance, backend):
         assert distance(run(sdxl3), expected) <= 1e-5
 
 
+def test_sharing_layer_norms_changes_nothing(pipe, run):
+    """LayerNorm is per token: concatenated tokens do not meet in it."""
+    out = []
+    for share in (True, False):
+        with apply(pipe, StyleAligned(share_layer_norm=share)):
+            out.append(run(pipe))
+    assert torch.equal(*out)
+
+
 def test_without_guidance_every_row_has_one_reference(sdxl3, run, distance):
     with official.styled(sdxl3.unet, official.Args(), halves=1):
         expected = run(sdxl3, guidance_scale=1.0)

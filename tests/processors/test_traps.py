@@ -3,6 +3,7 @@ offload, guiders, shared models."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -19,6 +20,7 @@ from diffusers.models.attention_processor import (
 from styleattn.methods import StyleAligned
 from styleattn.processors import apply, remove
 from styleattn.processors._attention import StyleAttnProcessor
+from styleattn.processors.bank import build_bank
 from styleattn.references import Reference
 
 STYLE = StyleAligned(shared_score_shift=0.3)
@@ -87,6 +89,34 @@ def test_ip_adapter_before_or_after(pipe, run):
     remove(pipe)
     assert torch.equal(run(pipe), expected)
     assert {type(p) for p in pipe.unet.attn_processors.values()} == {AttnProcessor2_0}
+
+
+def test_processors_that_are_copied_and_put_back(pipe, run):
+    originals = selfs(pipe)
+    with apply(pipe, STYLE):
+        expected = run(pipe)
+        copied = copy.deepcopy(pipe.unet.attn_processors)
+        pipe.unet.set_attn_processor(copied)
+        assert torch.equal(run(pipe), expected)
+    assert all(selfs(pipe)[name] is processor for name, processor in originals.items())
+
+
+def test_ip_adapter_with_a_bank(pipe, run, distance):
+    """The reference has no image prompt; the images keep theirs."""
+    bank = build_bank(pipe, Reference(prompt="a toy train"), STYLE, num_inference_steps=2)
+    load_ip_adapter(pipe)
+    with apply(pipe, STYLE, bank=bank):
+        out = [
+            run(pipe, ["a cat", "a ship"], ip_adapter_image_embeds=image_embeds(s)) for s in (0, 1)
+        ]
+        single = run(
+            pipe,
+            ["a ship"],
+            noise=run.noise(pipe, 2)[1:],
+            ip_adapter_image_embeds=image_embeds(1),
+        )
+    assert distance(out[0], out[1]) > 1e-3
+    assert distance(single, out[1][1:]) <= 1e-5
 
 
 def test_remove_gives_back_the_objects_an_adapter_made_anew(pipe):
@@ -343,8 +373,8 @@ def test_guiders_that_listen_for_attention_are_heard(pipe, run):
             guidance_scale=5.0,
             perturbed_guidance_scale=4.0,
             perturbed_guidance_config=skip,
-            start=0.0,
-            stop=1.0,
+            perturbed_guidance_start=0.0,
+            perturbed_guidance_stop=1.0,
         ),
     )
     noise = run.noise(pipe, 3)
