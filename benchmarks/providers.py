@@ -25,7 +25,7 @@ from formulations import FORMULATIONS, Attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import styleattn
+from styleattn.backends import reasons_against
 
 Run = Callable[[], Tensor]
 HALF = (torch.float16, torch.bfloat16)
@@ -61,10 +61,7 @@ def _none(case: Case) -> list[str]:
 
 def _ours(backend: str | None) -> Provider:
     def reasons(case: Case) -> list[str]:
-        if backend is None:
-            return []
-        status = styleattn.backends()[backend]
-        return [] if status.available else [status.detail]
+        return [] if backend is None else reasons_against(backend, case.tensors["query"], ())
 
     def prepare(case: Case) -> Run:
         return lambda: case.ours(backend)
