@@ -106,7 +106,8 @@ def from_pipe(pipe: Any, scope: Mapping[str, Any] | None = None) -> Caller:
 
 
 def _from_traced(pipe: Any, model: Any) -> Caller | None:
-    """`from_pipe` under a compiler: without `pipe.unet`, which holds the very module being traced."""
+    """`from_pipe` under a compiler: without `pipe.unet`, which holds the very module being
+    traced."""
     scale = getattr(pipe, "_guidance_scale", None)
     if scale is None:
         return None

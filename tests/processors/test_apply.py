@@ -337,7 +337,9 @@ def test_paused_and_layout(sdxl, run):
             assert torch.allclose(styled[[1, 3]], plain[[1, 3]], atol=1e-5)
             assert not torch.allclose(styled[[0, 2]], plain[[0, 2]], atol=1e-3)
             with handle.layout(2, timesteps=times):
-                assert torch.equal(sdxl.unet(**{**inputs, "timestep": 100}).sample, plain)
+                late = sdxl.unet(**{**inputs, "timestep": 100}).sample
+            with handle.paused():
+                assert torch.equal(sdxl.unet(**{**inputs, "timestep": 100}).sample, late)
 
 
 def test_too_few_rows_for_the_references(sdxl, run):
