@@ -34,6 +34,13 @@ Scheduler = Annotated[str, typer.Option(help="ddim, or pipeline to keep the mode
 Offload = Annotated[bool, typer.Option(help="Keep only the part that computes on the device.")]
 Method = Annotated[str, typer.Option(help="See `styleattn methods`.")]
 Knobs = Annotated[list[str] | None, typer.Option("--set", help="knob=value of the method; repeat.")]
+References = Annotated[
+    list[str] | None, typer.Option(help="The picture whose style is wanted; repeat for several.")
+]
+ReferencePrompts = Annotated[
+    list[str] | None, typer.Option(help="What the reference shows; one for each, or one for all.")
+]
+Weights = Annotated[list[float] | None, typer.Option(help="Of the reference; one for each.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Size = Annotated[int | None, typer.Option(help="Pixels; the model's own size if not given.")]
 
@@ -126,10 +133,9 @@ def _load(options: Mapping[str, Any]) -> Any:
 def stylize(
     model: Annotated[str | None, typer.Option(help="tiny-sdxl (default), or a directory.")] = None,
     method: Annotated[str | None, typer.Option(help="See `styleattn methods`.")] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="The picture whose style is wanted.")
-    ] = None,
-    reference_prompt: Annotated[str | None, typer.Option(help="What the reference shows.")] = None,
+    reference: References = None,
+    reference_prompt: ReferencePrompts = None,
+    reference_weight: Weights = None,
     prompts: Annotated[str | None, typer.Option(help="A text file, one prompt a line.")] = None,
     out: Annotated[str | None, typer.Option(help="The folder that is written.")] = None,
     bank: Annotated[str | None, typer.Option(help="A bank, in place of --reference.")] = None,
@@ -167,26 +173,23 @@ def stylize(
     for name in ("prompts", "out"):
         if options[name] is None:
             raise Refused(f"--{name} is missing")
-    sources = [options["reference"], options["bank"], options["reference_prompt"] or None]
-    if sources == [None] * 3:
-        raise Refused("no reference: give --reference, --bank or --reference-prompt")
-    if None not in sources[:2]:
-        raise Refused("--reference and --bank exclude each other")
     _run_stylize(options, set_ or [], started)
 
 
 def _run_stylize(options: Mapping[str, Any], knobs: Sequence[str], started: float) -> None:
     from styleattn.inversion import read_picture
-    from styleattn.pipelines import Inversion, Job, Sampling, run_folder
-    from styleattn.pipelines.settings import read_prompts, styled_method
+    from styleattn.pipelines import Inversion, Job, Sampling, Source, run_folder
+    from styleattn.pipelines.settings import read_prompts, sources_of, styled_method
     from styleattn.references import StyleBank
 
     prompts = read_prompts(Path(options["prompts"]))
-    reference = None if options["reference"] is None else read_picture(options["reference"])
+    sources = [
+        Source(None if path is None else read_picture(path), prompt, weight)
+        for path, prompt, weight in sources_of(options)
+    ]
     bank = None if options["bank"] is None else StyleBank.load(options["bank"])
     job = Job(
         prompts=prompts,
-        reference_prompt=options["reference_prompt"],
         method=styled_method(options, knobs),
         sampling=Sampling(
             options["steps"],
@@ -209,7 +212,7 @@ def _run_stylize(options: Mapping[str, Any], knobs: Sequence[str], started: floa
             pipe,
             job,
             Path(options["out"]),
-            reference=reference,
+            sources=sources,
             bank=bank,
             progress=report,
             started=started,

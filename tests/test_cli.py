@@ -150,6 +150,26 @@ def test_banks(model, work, capsys):
     assert len(pictures(work / "out")) == 3
 
 
+def test_several_references(model, work, capsys):
+    Image.open(work / "style.png").rotate(90).save(work / "other.png")
+    more = ["--reference", str(work / "other.png"), "--reference-prompt", "a picture"]
+    weights = ["--reference-weight", "1", "--reference-weight", "0.25"]
+    assert cli.main(stylize(model, work, *more, *weights)) == 0
+    assert cli.main(["bank", "inspect", str(work / "out" / "reference.safetensors")]) == 0
+    facts = json.loads(capsys.readouterr().out.split("\n", 1)[1])
+    assert [r["weight"] for r in facts["references"]] == [1.0, 0.25]
+    assert [r["prompt"] for r in facts["references"]] == ["a picture"] * 2
+    assert cli.main(stylize(model, work, out="one")) == 0
+    assert not set(pictures(work / "one").values()) & set(pictures(work / "out").values())
+    unheard = ["--reference-weight", "1", "--reference-weight", "0"]
+    assert cli.main(stylize(model, work, *more[:2], *unheard, out="same")) == 0
+    for path in pictures(work / "one"):
+        ours, theirs = (np.asarray(Image.open(work / f / path), float) for f in ("one", "same"))
+        assert (
+            np.abs(ours - theirs).max() <= 1
+        )  # a reference of weight 0 is as if it were not there
+
+
 def test_prompts_that_are_cut_off_are_named(model, work, caplog):
     from diffusers.utils import logging
 
@@ -300,7 +320,10 @@ BAD = [
     (["--batch-size", "0"], "batch_size"),
     (["--height", "31"], "multiples of 2"),
     (["--offset", "99"], "offset"),
-    (["--bank", "{work}/style.png"], "exclude each other"),
+    (["--bank", "{work}/style.png"], "--bank excludes --reference"),
+    (["--reference-weight", "-1"], "must be finite and not negative"),
+    (["--reference-weight", "1", "--reference-weight", "2"], "1 references need as many"),
+    (["--reference-prompt", "a", "--reference-prompt", "b"], "1 references need as many"),
     (["--config", "{work}/no.yaml"], "No such file"),
     (["--config", "{work}/bad.yaml"], "is not YAML"),
     (["--config", "{work}/list.yaml"], "must hold a mapping"),

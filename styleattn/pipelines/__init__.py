@@ -6,7 +6,7 @@ from typing import Any
 _HOMES = {
     "banks": ("bank_facts", "build_bank_file"),
     "demo": ("run_demo",),
-    "folder": ("Job", "run_folder"),
+    "folder": ("Job", "Source", "run_folder"),
     "models": ("ModelRefused", "hushed", "load_model", "use_ddim"),
     "multidiffusion": ("Panorama", "panorama"),
     "sheet": ("Cell", "contact_sheet"),

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,18 +47,25 @@ Progress = Callable[[str, int, int], object]
 
 
 @dataclass(frozen=True)
+class Source:
+    """A reference: a picture or path, or None to make it from ``prompt``; and its weight."""
+
+    picture: Picture | None = None
+    prompt: str = ""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Job:
-    """What to make: everything that the pictures depend on, apart from the model and the reference.
+    """What to make: everything that the pictures depend on, apart from model and references.
 
     Args:
         prompts: one picture each; picture i is drawn from ``seed + i``.
-        reference_prompt: what the reference shows.
         model: what the user calls the model; for the manifest.
         batch_size: pictures per pipeline call. It changes results by rounding only.
     """
 
     prompts: tuple[str, ...]
-    reference_prompt: str = ""
     method: Any = TRANSFER
     sampling: Sampling = field(default_factory=Sampling)
     inversion: Inversion = field(default_factory=Inversion)
@@ -69,12 +76,8 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """All settings, JSON-ready."""
-        plain = {
-            f: getattr(self, f)
-            for f in ("reference_prompt", "seed", "batch_size", "backend", "model")
-        }
         return {
-            **plain,
+            **{f: getattr(self, f) for f in ("seed", "batch_size", "backend", "model")},
             "method": self.method.to_dict(),
             "sampling": asdict(self.sampling),
             "inversion": asdict(self.inversion),
@@ -100,12 +103,12 @@ def run_folder(
     job: Job,
     out: Path,
     *,
-    reference: Picture | None = None,
+    sources: Sequence[Source] = (),
     bank: StyleBank | None = None,
     progress: Progress = lambda stage, done, total: None,
     started: float | None = None,
 ) -> dict[str, Any]:
-    """Make the pictures of a job: a PNG per prompt, a contact sheet, a manifest, and the reference
+    """Make the pictures of a job: a PNG per prompt, a contact sheet, a manifest, and the references
     as a bank.
 
     A picture that is there, whole, and made with the same settings is left alone; a batch that
@@ -113,9 +116,8 @@ def run_folder(
     as one that was not.
 
     Args:
-        reference: a picture or path; without it and without a bank the reference is made from its
-            prompt.
-        bank: a ready bank in place of a reference.
+        sources: the references, at least one without a bank.
+        bank: a ready bank in place of sources.
         progress: called with (stage, done, total); stages are "reference" and "pictures", in steps.
         started: ``time.perf_counter()`` when the user began to wait.
 
@@ -129,6 +131,8 @@ def run_folder(
     began = time.perf_counter() if started is None else started
     runs = batches(len(job.prompts), job.batch_size)
     _check(pipe, job)
+    if not sources and bank is None:
+        raise ValueError("no reference: at least one source, or a bank, is needed")
     out.mkdir(parents=True, exist_ok=True)
     folder = _Folder(pipe, job, out, progress)
     device = device_of(pipe)
@@ -147,7 +151,7 @@ def run_folder(
     }
     folder.save()  # a folder that cannot be written is found out before anything is computed
     start = time.perf_counter()
-    ready = bank if bank is not None else _bank(folder, reference)
+    ready = bank if bank is not None else _bank(folder, sources)
     folder.manifest["seconds"]["reference"] = time.perf_counter() - start
     folder.manifest["reference"] = {"fingerprint": _bank_key(ready), **dict(ready.metadata)}
     keys = [_key(folder, ready, i) for i in range(len(job.prompts))]
@@ -156,9 +160,8 @@ def run_folder(
     cells = [
         Cell(_shown(out / name), prompt) for name, prompt in zip(names, job.prompts, strict=True)
     ]
-    shown = None if reference is None else read_picture(reference)
-    first = Cell(shown, f"reference: {job.reference_prompt}" if shown else job.reference_prompt)
-    _write_sheet(out / SHEET, [first, *cells] if shown else cells)
+    shown = [Cell(read_picture(s.picture), f"reference: {s.prompt}") for s in sources if s.picture]
+    _write_sheet(out / SHEET, [*shown, *cells])
     folder.manifest["complete"] = True
     folder.manifest["seconds"]["all"] = time.perf_counter() - began
     folder.save()
@@ -177,10 +180,10 @@ def _check(pipe: Any, job: Job) -> None:
     apply(pipe, job.method, backend=job.backend).remove()
 
 
-def _bank(folder: _Folder, reference: Picture | None) -> StyleBank:
-    """The bank of this reference: the one in the folder if it is the same, else a new one."""
+def _bank(folder: _Folder, sources: Sequence[Source]) -> StyleBank:
+    """The bank of these references: the one in the folder if it is the same, else a new one."""
     pipe, job, path = folder.pipe, folder.job, folder.out / BANK
-    identity = _identity(folder, reference)
+    identity = _identity(folder, sources)
     if path.exists():
         try:
             found = StyleBank.load(path)
@@ -188,20 +191,28 @@ def _bank(folder: _Folder, reference: Picture | None) -> StyleBank:
             found = None  # damaged or foreign: made anew
         if found is not None and found.metadata.get("identity") == identity:
             return found
-    trajectory = make_trajectory(
-        pipe,
-        reference,
-        job.reference_prompt,
-        job.sampling,
-        job.inversion,
-        seed=job.seed,
-        checkpoint=folder.out / f"{_CHECKPOINT}.{identity[:16]}",
-        callback=lambda done, total: folder.progress("reference", done, total),
-    )
+    steps = job.sampling.num_inference_steps
+    trajectories = []
+    for i, source in enumerate(sources):
+        trajectories.append(
+            make_trajectory(
+                pipe,
+                source.picture,
+                source.prompt,
+                job.sampling,
+                job.inversion,
+                seed=job.seed + i,
+                checkpoint=folder.out / f"{_CHECKPOINT}.{i}.{identity[:16]}",
+                callback=lambda done, _, before=i * steps: folder.progress(  # type: ignore[misc]
+                    "reference", before + done, len(sources) * steps
+                ),
+            )
+        )
     bank = make_bank(
         pipe,
-        trajectory,
+        trajectories,
         job.method,
+        weights=[source.weight for source in sources],
         offset=job.inversion.offset,
         negative_prompt=job.sampling.negative_prompt,
     )
@@ -210,18 +221,13 @@ def _bank(folder: _Folder, reference: Picture | None) -> StyleBank:
     return bank
 
 
-def _identity(folder: _Folder, reference: Picture | None) -> str:
-    """A name for everything that the reference's trajectory depends on."""
+def _identity(folder: _Folder, sources: Sequence[Source]) -> str:
+    """A name for everything that the references' trajectories depend on."""
     pipe, job = folder.pipe, folder.job
-    pixels = None
-    if reference is not None:
-        picture = read_picture(reference)
-        pixels = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
     size = [job.sampling.height, job.sampling.width]
     facts = {
         "format": FORMAT,
-        "pixels": pixels,
-        "prompt": job.reference_prompt,
+        "sources": [[_pixels(s.picture), s.prompt, s.weight] for s in sources],
         "unet": folder.manifest["unet"],
         "dtype": folder.manifest["dtype"],
         "device": folder.manifest["device"]["type"],
@@ -230,9 +236,18 @@ def _identity(folder: _Folder, reference: Picture | None) -> str:
         "inversion": asdict(job.inversion),
         "method": job.method.to_dict(),
         "negative_prompt": job.sampling.negative_prompt,
-        "sampled": None if reference is not None else [job.seed, job.sampling.guidance_scale],
+        "sampled": [job.seed, job.sampling.guidance_scale],
     }
+    if all(source.picture is not None for source in sources):
+        del facts["sampled"]
     return _digest(facts)
+
+
+def _pixels(picture: Picture | None) -> str | None:
+    if picture is None:
+        return None
+    image = read_picture(picture)
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 
 def _bank_key(bank: StyleBank) -> str:

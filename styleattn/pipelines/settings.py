@@ -24,7 +24,8 @@ DEFAULTS: dict[str, Any] = {
     "model": TINY,
     "method": "style_aligned",
     "reference": None,
-    "reference_prompt": "",
+    "reference_prompt": None,
+    "reference_weight": None,
     "prompts": None,
     "out": None,
     "bank": None,
@@ -58,25 +59,57 @@ _TRANSFER: dict[str, Any] = {"shared_score_shift": log(2)}
 _NUMBERS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("seed", "steps", "batch_size", "height", "width", "offset"), (int,)),
     **dict.fromkeys(("guidance", "score_shift", "score_scale", "inversion_guidance"), (int, float)),
+    "reference_weight": (int, float),
     "offload": (bool,),
 }
+_LISTS = {"reference", "reference_prompt", "reference_weight"}
 
 
 def merged(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
     """Command line over configuration file over defaults, every value of the right kind."""
-    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in given.items() if value not in (None, [])}
     written = _read_config(config, DEFAULTS)
     knobs = written.pop("set", {})
     if not isinstance(knobs, dict):
         raise Refused(f"{config}: set must be a mapping of knobs")
+    for name in _LISTS & set(written):
+        if written[name] is not None and not isinstance(written[name], list):
+            written[name] = [written[name]]
     for name, value in written.items():
         kinds = _NUMBERS.get(name, (str,))
-        right = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+        values = value if name in _LISTS and isinstance(value, list) else [value]
+        right = all(
+            isinstance(v, kinds) and (bool in kinds or not isinstance(v, bool)) for v in values
+        )
         if value is not None and not right:
             raise Refused(f"{config}: {name} must be of type {kinds[-1].__name__}, got {value!r}")
     model = chosen.get("model") or written.get("model") or DEFAULTS["model"]
     own = TINY_DEFAULTS if model == TINY else {}
     return {**DEFAULTS, **own, **written, **chosen, "knobs": knobs}
+
+
+def sources_of(options: Mapping[str, Any]) -> list[tuple[str | None, str, float]]:
+    """Path (None: made from its prompt), prompt and weight of every reference; none with a bank.
+
+    Raises:
+        Refused: no reference, or numbers of pictures, prompts and weights that do not fit.
+    """
+    paths, prompts, weights = (options[name] or [] for name in sorted(_LISTS))
+    if options["bank"] is not None:
+        if paths or prompts or weights:
+            raise Refused("--bank excludes --reference, --reference-prompt and --reference-weight")
+        return []
+    count = len(paths) or len(prompts)
+    if not count:
+        raise Refused("no reference: give --reference, --bank or --reference-prompt")
+    prompts = prompts * count if len(prompts) == 1 else prompts or [""] * count
+    weights = weights or [1.0] * count
+    for option, found in (("--reference-prompt", prompts), ("--reference-weight", weights)):
+        if len(found) != count:
+            raise Refused(f"{count} references need as many {option}, got {len(found)}")
+    if any(not 0 <= w < float("inf") for w in weights):
+        raise Refused(f"--reference-weight must be finite and not negative, got {weights}")
+    return list(zip(paths or [None] * count, prompts, map(float, weights), strict=True))
 
 
 def styled_method(options: Mapping[str, Any], knobs: Sequence[str]) -> Any:
