@@ -76,8 +76,8 @@ TILES: dict[tuple[str, int], tuple[Tile, Tile, Tile, Tile]] = {
     ("gfx942", 2): (
         Tile(128, 64, 4, 1),
         Tile(128, 32, 4, 1),
-        Tile(64, 32, 4, 1),
-        Tile(64, 32, 4, 1),
+        Tile(32, 32, 4, 1),
+        Tile(32, 32, 4, 1),
     ),
     ("sm_80", 4): (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
     ("sm_89", 4): (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
