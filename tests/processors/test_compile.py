@@ -17,7 +17,6 @@ CURVE = (1.0, 0.6, 0.3, 0.1)
 METHODS = {
     "range": StyleAligned(steps=(0.0, 0.5)),
     "curve": StyleAligned(references=(Reference(weight=0.8, steps=CURVE),), share_group_norm=False),
-    "full": StyleAligned(full_attention_share=True, steps=CURVE),
 }
 
 
@@ -64,7 +63,7 @@ def compile_wrapped(pipe, counter):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["curve", "full"])
+@pytest.mark.parametrize("name", ["curve"])
 def test_one_graph_over_steps_and_scales(compiled_pipe, run, distance, name):
     method = METHODS[name]
     louder = dataclasses.replace(method, shared_score_shift=0.7, shared_score_scale=0.9)
@@ -81,8 +80,7 @@ def test_one_graph_over_steps_and_scales(compiled_pipe, run, distance, name):
         assert counter.graphs == 1
         assert distance(got, expected) <= 1e-5
         assert distance(second, run(compiled_pipe, steps=4)) <= 1e-5
-    if name != "full":
-        assert distance(second, expected) > 1e-6
+    assert distance(second, expected) > 1e-6
 
 
 @pytest.mark.slow
