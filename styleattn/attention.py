@@ -163,13 +163,7 @@ def shared_attention(
     device_rows, device_plain = (
         t.to(query.device, non_blocking=True) for t in (rows.clamp(min=0), plain)
     )
-    for name, x in (("key", key), ("value", value)):
-        if not isinstance(x, Tensor) or x.shape != query.shape:
-            raise Invalid(
-                "shared_attention",
-                [f"{name} must be like query {list(query.shape)}, got {describe(x)}"],
-                describe(query),
-            )
+    _check_like_query("shared_attention", query, key=key, value=value)
 
     def adain(wanted: bool, x: Tensor) -> tuple[Affine | None, Tensor | None]:
         return (
@@ -203,10 +197,21 @@ def shared_attention(
     )
     if not return_lse:
         return result
-    out, lse = result
-    shift = torch.as_tensor(score_shift, dtype=lse.dtype, device=lse.device).expand(len(rows))
-    twice = torch.where((rows == own).to(lse.device), torch.nn.functional.softplus(shift), 0.0)
-    return out, lse + twice[None, :, None, None]
+    return result[0], _counted_twice(result[1], rows == own, score_shift)
+
+
+def _check_like_query(call: str, query: Tensor, **others: object) -> None:
+    for name, x in others.items():
+        if not isinstance(x, Tensor) or x.shape != query.shape:
+            reason = f"{name} must be like query {list(query.shape)}, got {describe(x)}"
+            raise Invalid(call, [reason], describe(query))
+
+
+def _counted_twice(lse: Tensor, rows: Tensor, shift: Number) -> Tensor:
+    """The log-sum-exp of rows that see their keys once more, with a shift on the logits."""
+    shift = torch.as_tensor(shift, dtype=lse.dtype, device=lse.device).expand(len(rows))
+    more = torch.where(rows.to(lse.device), torch.nn.functional.softplus(shift), 0.0)
+    return lse + more[None, :, None, None]
 
 
 def injected_attention(

@@ -6,27 +6,25 @@ import numpy as np
 import torch
 
 
+def at(x, b, i):
+    if not isinstance(x, torch.Tensor):
+        return float(x)
+    return float(x) if x.ndim == 0 else float(x[b]) if x.ndim == 1 else float(x[b, i])
+
+
+def mapped(x, affine, b, h):
+    if affine is None:
+        return x
+    return affine.scale[b, h].double().numpy() * x + affine.shift[b, h].double().numpy()
+
+
 def definition(query, branches, scale=None):
-    """The operation of DESIGN.md 2 as nested loops over rows, heads and queries in numpy fp64: out
-    and lse."""
+    """The operation as nested loops over rows, heads and queries in numpy fp64: out and lse."""
     q0 = query.double().numpy()
     b_, h_, l_, d_ = q0.shape
     scale = d_**-0.5 if scale is None else scale
     out = np.zeros(q0.shape)
     lse = np.full((len(branches), b_, h_, l_), -np.inf)
-
-    def at(x, b, i):
-        if not isinstance(x, torch.Tensor):
-            return float(x)
-        return float(x) if x.ndim == 0 else float(x[b]) if x.ndim == 1 else float(x[b, i])
-
-    def mapped(x, affine, b, h):
-        return (
-            x
-            if affine is None
-            else affine.scale[b, h].double().numpy() * x + affine.shift[b, h].double().numpy()
-        )
-
     for g, branch in enumerate(branches):
         for b in range(b_):
             for h in range(h_):

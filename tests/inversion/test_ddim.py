@@ -29,7 +29,7 @@ def smooth(x, t):
 
 
 def numpy_inversion(x, steps, alphas, final, labels="paper"):
-    """METHODS 1d, written out: t ascending, t_prev = t - 1000 // N."""
+    """The official inversion, written out: t ascending, t_prev = t - 1000 // N."""
     stride = TRAIN // steps
     found = [x]
     for t in range(0, TRAIN, stride):
