@@ -241,19 +241,25 @@ def test_processors_of_their_own_mind_are_refused(sdxl, processor):
         attn.processor = original
 
 
-def test_a_failure_while_installing_is_rolled_back(sdxl, monkeypatch):
-    kept = apply(sdxl, StyleAligned())
-    before = footprint(sdxl.unet)
+def test_a_failure_while_installing_is_rolled_back(sdxl, run, monkeypatch):
+    """Without a style before, none after; with one before, that one."""
 
-    def fail(*a, **k):
+    def fail_once(*args, **kwargs):
+        monkeypatch.undo()
         raise MemoryError
 
-    monkeypatch.setattr(sdxl.unet, "register_forward_pre_hook", fail)
-    with pytest.raises(MemoryError):
-        apply(sdxl, StyleAligned(layers="up_blocks.*"))
-    monkeypatch.undo()
-    assert not kept.active or footprint(sdxl.unet)[2].keys() == before[2].keys()
-    remove(sdxl)
+    plain, before = run(sdxl), footprint(sdxl.unet)
+    for styled in (False, True):
+        kept = apply(sdxl, StyleAligned(shared_score_shift=1.0)) if styled else None
+        expected = run(sdxl)
+        monkeypatch.setattr(sdxl.unet, "register_forward_pre_hook", fail_once)
+        with pytest.raises(MemoryError):
+            apply(sdxl, StyleAligned(layers="up_blocks.*"))
+        assert kept is None or kept.active
+        assert torch.equal(run(sdxl), expected)
+        if kept is None:
+            assert footprint(sdxl.unet) == before
+            assert torch.equal(expected, plain)
 
 
 def test_eager_processors_of_older_torch_keep_their_scale(sdxl, run, distance):
