@@ -118,8 +118,8 @@ def attention_tile(
         arch: a name of ARCHITECTURES, or "interpreter".
         head_dim, itemsize: of the inputs.
         length: number of queries; longest: number of keys of the longest segment.
-        heavy: the kernel keeps a second accumulator or blends keys on load, and needs room in
-        registers.
+        heavy: the kernel needs room in registers: a second accumulator, keys blended on load, a
+            bias per key.
     """
     width = low_width(head_dim) + high_width(head_dim)
     tile = TILES[arch, itemsize][next(i for i, limit in enumerate(_WIDTHS) if width <= limit)]

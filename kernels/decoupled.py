@@ -60,6 +60,7 @@ def decoupled_kernel(
     valid = start + m < L
     begin = 0
     seen = n < 0
+    heard = n < 0
     scale = tl.zeros([COLUMNS], tl.float32)
     bias = tl.zeros([COLUMNS], tl.float32)
     for g in tl.static_range(len(branches)):
@@ -75,6 +76,8 @@ def decoupled_kernel(
                 keys = tl.where(inside, key, keys)
                 values = tl.where(inside, value, values)
             seen = seen | readable
+            if branches[g].weight is not None:
+                heard = heard | readable
             scale = tl.where(inside, factor, scale)
             bias = tl.where(inside, added, bias)
             begin += segment.length
@@ -113,7 +116,7 @@ def decoupled_kernel(
             weight = number_rows(branch.weight, b, start + m, valid)
             norm = tl.where(mine, (factor * weight)[:, None], norm)
         begin = end
-    p = p * norm
-    v = gather_tile(values, seen, D)
+    p = tl.where(heard[None, :], p * norm, 0.0)
+    v = gather_tile(values, heard, D)
     acc = dot_pv(p, v, zero_tile(BLOCK_M, D))
     store_tile(out + ((b * L + start) * H + h) * D, H * D, m, valid, acc, D)

@@ -290,7 +290,7 @@ def plan(
         args: tuple[Any, ...] = (out, lse, arguments, heads, length, scale2)
     else:
         name = "attention"
-        heavy = len(branches) > 1 or any(s.own_key is not None for s in segments)
+        heavy = len(branches) > 1 or any(s.own_key or s.key_bias is not None for s in segments)
         heavy |= any(s.value_map is not None for a in arguments for s in a.segments[1:])
         tile = attention_tile(
             arch, dim, query.element_size(), length, max(keys, default=1), heavy=heavy
