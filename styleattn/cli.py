@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 _INTERRUPTED = 130
+_HOSTS = ("diffusers", "transformers", "accelerate")
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -31,7 +32,6 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")]
 Variant = Annotated[str | None, typer.Option(help="Of the weight files, such as fp16.")]
 Scheduler = Annotated[str, typer.Option(help="ddim, or pipeline to keep the model's own.")]
-Offload = Annotated[bool, typer.Option(help="Keep only the part that computes on the device.")]
 Method = Annotated[str, typer.Option(help="See `styleattn methods`.")]
 Knobs = Annotated[list[str] | None, typer.Option("--set", help="knob=value of the method; repeat.")]
 References = Annotated[
@@ -81,12 +81,10 @@ def _message(error: Exception) -> str | None:
         return str(error.format_message()) or "missing command; see styleattn --help"
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory; try a smaller --batch-size or --offload ({error})"
+    if isinstance(error, ModuleNotFoundError) and error.name in _HOSTS:
+        return f"{error.name} is not installed: pip install 'styleattn[diffusers]'"
     if isinstance(error, OSError) and error.strerror:
-        return (
-            f"{error.filename}: {error.strerror}"
-            if error.filename
-            else f"cannot write: {error.strerror}"
-        )
+        return f"{error.filename or 'cannot write'}: {error.strerror}"
     if isinstance(error, (HostUnsupported, OSError, ValueError)):
         return str(error)
     return None

@@ -413,6 +413,21 @@ def test_bad_banks(model, work, capsys):
     assert "no directory to stand in" in line
 
 
+def test_without_diffusers(model, work):
+    """What needs no host works without one; what does says which package is missing."""
+    program = (
+        "import sys; sys.modules['diffusers'] = None\n"
+        "from styleattn import cli\n"
+        "assert cli.main(['methods']) == 0\n"
+        "assert cli.main(['doctor']) in (0, 1)\n"
+        f"sys.exit(cli.main({stylize(model, work)!r}))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.startswith("styleattn: diffusers is not installed: pip install"), run.stderr
+    assert "absent  diffusers" not in run.stdout and "device cpu" in run.stdout
+
+
 def test_out_of_memory(model, work, capsys, monkeypatch):
     import torch
 
