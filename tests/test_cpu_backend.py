@@ -305,6 +305,30 @@ for dtype in (torch.float32, torch.bfloat16):
         subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "tool, emulated", [("sanitizers", False), ("sanitizers", True), ("valgrind", False)]
+)
+def test_no_undefined_behaviour(tmp_path, tool, emulated):
+    """The kernels without torch, on exactly sized memory, under ASan and UBSan, or valgrind."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None or (tool == "valgrind" and shutil.which("valgrind") is None):
+        pytest.skip(f"no {'C++ compiler' if compiler is None else tool}")
+    if tool == "valgrind" and not emulated and any("avx512" in name for name in NATIVE):
+        pytest.skip("valgrind does not know AVX-512")
+    sources = ["drive.cpp", "isa.cpp", *(f.name for f in (ROOT / "csrc").glob("isa_*.cpp"))]
+    program, ours = tmp_path / "harness", ROOT / "tests" / "csrc"
+    command = [compiler, "-std=c++17", "-O1", "-g", "-w", f"-I{ours / 'serial'}", f"-I{ours}"]
+    command += [f"-I{ROOT / 'csrc'}", *(["-DSTYLEATTN_EMULATE_AVX512"] if emulated else [])]
+    if tool == "sanitizers":
+        command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    command += [str(ours / "harness.cpp"), *(str(ROOT / "csrc" / name) for name in sources)]
+    subprocess.run([*command, "-o", str(program)], check=True)
+    checker = ["valgrind", "-q", "--error-exitcode=9"] if tool == "valgrind" else []
+    done = subprocess.run([*checker, str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_bad_calls_raise():
     q = torch.zeros(2, 1, 4, 8)
     op = torch.ops.styleattn_cpu.attention
