@@ -63,9 +63,8 @@ def compile_wrapped(pipe, counter):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["curve"])
-def test_one_graph_over_steps_and_scales(compiled_pipe, run, distance, name):
-    method = METHODS[name]
+def test_one_graph_over_steps_and_scales(compiled_pipe, run, distance):
+    method = METHODS["curve"]
     louder = dataclasses.replace(method, shared_score_shift=0.7, shared_score_scale=0.9)
     counter = Counter()
     with apply(compiled_pipe, method) as handle:
@@ -84,24 +83,18 @@ def test_one_graph_over_steps_and_scales(compiled_pipe, run, distance, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("first", "how"), [("apply", compile_in_place), ("compile", compile_wrapped)]
-)
-def test_order_of_compile_and_apply(compiled_pipe, run, distance, first, how):
+def test_apply_after_compiling_in_place(compiled_pipe, run, distance):
+    """The other order, and the other way to compile, than above."""
     counter = Counter()
-    handle = apply(compiled_pipe, METHODS["range"])
-    expected = run(compiled_pipe)
-    if first == "compile":
-        handle.remove()
-    undo = how(compiled_pipe, counter)
+    with apply(compiled_pipe, METHODS["range"]):
+        expected = run(compiled_pipe)
+    undo = compile_in_place(compiled_pipe, counter)
     try:
-        if first == "compile":
-            handle = apply(compiled_pipe, METHODS["range"])
-        assert distance(run(compiled_pipe), expected) <= 1e-5
+        with apply(compiled_pipe, METHODS["range"]):
+            assert distance(run(compiled_pipe), expected) <= 1e-5
         assert counter.graphs == 1
     finally:
         undo()
-        handle.remove()
 
 
 @pytest.mark.slow
