@@ -21,18 +21,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Room -> the rooms it may import. A room is a module of styleattn, or a folder of modules; it may
 # always import itself.
-_OP = {"branch"}
+_OP = {"branch", "errors"}
 _BACKENDS = {"reference", "torch_backend", "cpu_backend", "kernels"}
 _CORE = _OP | {"attention", "backends", "statistics"}
 _HOSTS = _CORE | {"methods", "references", "adapters", "inversion", "processors"}
 ROOMS: dict[str, set[str]] = {
-    "branch": set(),
+    "errors": set(),
+    "branch": {"errors"},
     **dict.fromkeys(_BACKENDS, _OP),
     "backends": _OP | _BACKENDS,
     "gradients": _OP,
     "_ops": _OP | _BACKENDS | {"backends", "gradients"},
-    "statistics": _OP | {"_ops"},
-    "attention": _OP | {"_ops", "statistics"},
+    "statistics": _OP | {"_ops", "backends"},
+    "attention": _OP | {"_ops", "backends", "statistics"},
     "testing": _CORE | {"reference"},
     "references": _CORE | {"inversion"},
     "methods": _CORE | {"references"},
