@@ -57,7 +57,7 @@ TILES: dict[tuple[str, int], tuple[Tile, Tile, Tile, Tile]] = {
     ),
     ("sm_89", 2): (
         Tile(128, 64, 8, 2),
-        Tile(128, 64, 8, 2),
+        Tile(64, 64, 8, 2),
         Tile(64, 32, 8, 2),
         Tile(64, 32, 8, 2),
     ),

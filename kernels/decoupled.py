@@ -10,40 +10,61 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .configs import high_width, low_width
 from .primitives import (
     LOG2E,
     dot_pv,
     dot_qk,
     finish,
-    gather_tile,
     load_tile,
     number_at,
     number_rows,
     store_tile,
-    token_offsets,
-    token_pointer,
     zero_tile,
 )
 
 
 @triton.jit
-def _segment_columns(segment, b, h, n, begin, scale2):
-    """Columns [N] of one segment: key and value pointers, inside, readable, scale, bias."""
+def _columns(segment, b, n, begin, scale2):
+    """Columns [N] of one segment, which start at `begin`: row, key index, inside, scale, bias.
+
+    The bias is -inf where a key is removed; scale and bias are in log2 units.
+    """
     row = b
     if segment.rows is not None:
         row = tl.load(segment.rows + b).to(tl.int64)
-    alive = row >= 0
-    row = tl.maximum(row, 0)
     local = n - begin
     inside = (local >= 0) & (local < segment.length)
     bias = tl.zeros_like(n).to(tl.float32) + number_at(segment.logit_bias, b) * LOG2E
+    bias = tl.where(row >= 0, bias, -float("inf"))
+    row = tl.maximum(row, 0)
     if segment.key_bias is not None:
         at = segment.key_bias + row * segment.key_bias_stride + local
         bias += tl.load(at, mask=inside, other=0.0) * LOG2E
     scale = tl.zeros_like(bias) + scale2 * number_at(segment.logit_scale, b)
-    key = token_pointer(segment.key, row, h, 0) + token_offsets(segment.key, local)
-    value = token_pointer(segment.value, row, h, 0) + token_offsets(segment.value, local)
-    return key, value, inside, inside & alive & (bias > -float("inf")), scale, bias
+    return row, local, inside, scale, bias
+
+
+@triton.jit
+def _put(tile, inside, x, row, h, local, readable, D: tl.constexpr):
+    """The tile with the columns of one segment filled in; other rows of x are not touched."""
+    new = load_tile(x, row, h, 0, local, readable, D)
+    low = tl.where(inside[:, None], new[0], tile[0])
+    if len(tile) == 1:
+        return (low,)
+    else:
+        return (low, tl.where(inside[:, None], new[1], tile[1]))
+
+
+@triton.jit
+def _blank(x, COLUMNS: tl.constexpr, D: tl.constexpr):
+    """Zeros in the dtype of x, as chunks."""
+    dtype: tl.constexpr = x.pointer.dtype.element_ty
+    low = tl.zeros([COLUMNS, low_width(D)], dtype)
+    if high_width(D) == 0:
+        return (low,)
+    else:
+        return (low, tl.zeros([COLUMNS, high_width(D)], dtype))
 
 
 @triton.jit
@@ -58,33 +79,23 @@ def decoupled_kernel(
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, COLUMNS)
     valid = start + m < L
-    begin = 0
-    seen = n < 0
-    heard = n < 0
+    query = branches[0].query
+    q = load_tile(query, b, h, start, m, valid, D)
+    keys = _blank(query, COLUMNS, D)
     scale = tl.zeros([COLUMNS], tl.float32)
-    bias = tl.zeros([COLUMNS], tl.float32)
+    bias = scale - float("inf")
+    begin = 0
     for g in tl.static_range(len(branches)):
         for i in tl.static_range(len(branches[g].segments)):
             segment = branches[g].segments[i]
-            key, value, inside, readable, factor, added = _segment_columns(
-                segment, b, h, n, begin, scale2
-            )
-            if g + i == 0:
-                keys = key
-                values = value
-            else:
-                keys = tl.where(inside, key, keys)
-                values = tl.where(inside, value, values)
-            seen = seen | readable
-            if branches[g].weight is not None:
-                heard = heard | readable
+            row, local, inside, factor, added = _columns(segment, b, n, begin, scale2)
+            readable = inside & (added > -float("inf"))
+            keys = _put(keys, inside, segment.key, row, h, local, readable, D)
             scale = tl.where(inside, factor, scale)
             bias = tl.where(inside, added, bias)
             begin += segment.length
-    query = branches[0].query
-    q = load_tile(query, b, h, start, m, valid, D)
-    s = dot_qk(q, gather_tile(keys, seen, D))
-    s = tl.where(seen[None, :], s * scale[None, :] + bias[None, :], -float("inf"))
+    s = dot_qk(q, keys) * scale[None, :]
+    s = tl.where((bias > -float("inf"))[None, :], s + bias[None, :], -float("inf"))
 
     # each column's maximum is that of its branch
     shift = tl.zeros_like(s)
@@ -100,12 +111,20 @@ def decoupled_kernel(
     p = tl.math.exp2(s - shift)
 
     norm = tl.zeros_like(s)
+    heard = n < 0
+    values = _blank(query, COLUMNS, D)
     begin = 0
     for g in tl.static_range(len(branches)):
         branch = branches[g]
         end = begin
         for i in tl.static_range(len(branch.segments)):
-            end += branch.segments[i].length
+            segment = branch.segments[i]
+            if branch.weight is not None:
+                row, local, inside, factor, added = _columns(segment, b, n, end, scale2)
+                readable = inside & (added > -float("inf"))
+                values = _put(values, inside, segment.value, row, h, local, readable, D)
+                heard = heard | inside
+            end += segment.length
         mine = ((n >= begin) & (n < end))[None, :]
         top = tl.max(tl.where(mine, s, -float("inf")), 1)
         total = tl.sum(tl.where(mine, p, 0.0), 1)
@@ -117,6 +136,5 @@ def decoupled_kernel(
             norm = tl.where(mine, (factor * weight)[:, None], norm)
         begin = end
     p = tl.where(heard[None, :], p * norm, 0.0)
-    v = gather_tile(values, heard, D)
-    acc = dot_pv(p, v, zero_tile(BLOCK_M, D))
+    acc = dot_pv(p, values, zero_tile(BLOCK_M, D))
     store_tile(out + ((b * L + start) * H + h) * D, H * D, m, valid, acc, D)

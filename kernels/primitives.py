@@ -155,23 +155,6 @@ def load_tile(x, b, h, start, n, valid, D: tl.constexpr):
 
 
 @triton.jit
-def gather_chunk(pointers, seen, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """[N, WIDTH]: channels FIRST.. of the tokens at pointers [N]; zero where not seen."""
-    d = FIRST + tl.arange(0, WIDTH)
-    return tl.load(pointers[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def gather_tile(pointers, seen, D: tl.constexpr):
-    """The chunks of tokens that lie anywhere."""
-    low = gather_chunk(pointers, seen, 0, low_width(D), D)
-    if high_width(D) == 0:
-        return (low,)
-    else:
-        return (low, gather_chunk(pointers, seen, low_width(D), high_width(D), D))
-
-
-@triton.jit
 def load_blended(x, own, blend, row, b, h, start, n, valid, D: tl.constexpr):
     """A key or value tile; with `own`, blend * x[row] + (1 - blend) * own[b] in fp32."""
     tile = load_tile(x, row, h, start, n, valid, D)
