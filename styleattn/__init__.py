@@ -10,7 +10,8 @@ from styleattn.attention import (
     shared_attention,
 )
 from styleattn.backends import Unsupported, backends
-from styleattn.branch import Affine, Branch, Invalid, Segment
+from styleattn.branch import Affine, Branch, Segment
+from styleattn.errors import Invalid
 from styleattn.statistics import TokenStats, adain_affine, merge, token_stats
 
 __version__ = "0.1.0"

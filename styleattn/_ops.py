@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from styleattn import backends
 from styleattn.branch import Affine, Branch, Segment
+from styleattn.errors import describe, invalid
 
 _AFFINE = ("scale", "shift", "center")
 _BRANCH = (
@@ -138,7 +140,24 @@ def attention_op(
     name = backends.resolve(call, query, branches, backend or None)
     if query.shape[0] == 0:
         return _blhd(query), _empty_lse(query, len(branches))
-    return backends.load(name).attention_forward(query, branches, softmax_scale)
+    _check_rows(call, branches)
+    with torch.autocast(query.device.type, enabled=False):
+        return backends.load(name).attention_forward(query, branches, softmax_scale)
+
+
+def _check_rows(call: str, branches: Sequence[Branch]) -> None:
+    """Refuse row maps on the host that point outside their keys: a compiled call is checked only
+    here."""
+    for g, branch in enumerate(branches):
+        for i, s in enumerate(branch.segments):
+            if s.rows is None or s.rows.device.type != "cpu":
+                continue
+            bad = [r for r in s.rows.tolist() if not -1 <= r < s.key.shape[0]]
+            if bad:
+                reason = (
+                    f"branches[{g}].segments[{i}].rows has {bad}, rows are -1..{len(s.key) - 1}"
+                )
+                raise invalid(call, [reason], f"key {describe(s.key)}")
 
 
 def _empty_lse(query: Tensor, branches: int) -> Tensor:
@@ -175,7 +194,10 @@ def attention_backward_op(
     from styleattn.gradients import attention_gradients
 
     branches = unpack(tensors, layout, numbers)
-    query_grad, grads = attention_gradients(grad_out, grad_lse, query, branches, softmax_scale, lse)
+    with torch.autocast(query.device.type, enabled=False):
+        query_grad, grads = attention_gradients(
+            grad_out, grad_lse, query, branches, softmax_scale, lse
+        )
     paths = [path for path, value in _walk(branches) if isinstance(value, Tensor)]
     found = [query_grad, *(grads.get(path) for path in paths)]
     results = []
@@ -237,8 +259,16 @@ attention_op.register_autograd(_backward, setup_context=_setup_context)
 def attention(
     query: Tensor, branches: Sequence[Branch], softmax_scale: float, backend: str | None, call: str
 ) -> tuple[Tensor, Tensor]:
-    """A normalised call through the op boundary."""
+    """A normalised call through the op boundary.
+
+    Raises:
+        RuntimeError: forward-mode differentiation, which the op does not have.
+    """
     tensors, layout, numbers = pack(branches)
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        dual = [x for x in (query, *tensors) if forward_ad.unpack_dual(x).tangent is not None]
+        if dual:
+            raise RuntimeError(f"{call}: no forward-mode differentiation, only reverse mode")
     return attention_op(query, tensors, layout, numbers, softmax_scale, backend or "", call)
 
 
@@ -246,9 +276,9 @@ def attention(
 def token_stats_op(x: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     """mean and sqrt(unbiased variance + eps) over the tokens of [B, H, N, D], each [B, H, D] in
     fp32."""
-    return backends.load_stats(
-        backends.resolve_stats("token_stats", x, backend or None)
-    ).token_stats_forward(x, eps)
+    module = backends.load_stats(backends.resolve_stats("token_stats", x, backend or None))
+    with torch.autocast(x.device.type, enabled=False):
+        return module.token_stats_forward(x, eps)
 
 
 @token_stats_op.register_fake

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from styleattn import _ops
-from styleattn.branch import Affine, Branch, Invalid, Segment, check_query, describe, normalize
-from styleattn.statistics import TokenStats, adain_affine, token_stats
+from styleattn import _ops, backends
+from styleattn.branch import Affine, Branch, Segment, check_query, normalize
+from styleattn.errors import describe, invalid
+from styleattn.statistics import TokenStats, adain_affine, check_eps, token_stats
 
 Number = float | Tensor
 
@@ -62,6 +63,7 @@ def _run(
     return_lse: bool,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    backends.check_name(call, backend)
     normal, scale = normalize(call, query, branches, softmax_scale)
     out, lse = _ops.attention(query, normal, scale, backend, call)
     return (out, lse) if return_lse else out
@@ -70,8 +72,7 @@ def _run(
 def _row_map(call: str, name: str, rows: object, query: Tensor, available: int) -> Tensor:
     """A row map as an int tensor [B], with every entry in -1..available-1 where it can be read
     without a device sync."""
-    if isinstance(rows, (list, tuple)):
-        rows = torch.tensor(rows)
+    rows = _as_rows(rows)
     reasons = []
     if not isinstance(rows, Tensor) or rows.shape != query.shape[:1]:
         reasons.append(f"{name} must be int [{query.shape[0]}], got {describe(rows)}")
@@ -93,9 +94,26 @@ def _row_map(call: str, name: str, rows: object, query: Tensor, available: int) 
                 "a reference's reference is itself"
             )
     if reasons:
-        raise Invalid(call, reasons, f"query {describe(query)}")
+        raise invalid(call, reasons, f"query {describe(query)}")
     assert isinstance(rows, Tensor)
     return rows
+
+
+def _as_rows(rows: Any) -> Any:
+    """A sequence of ints as a tensor; anything else as it is, to be refused with its name."""
+    whole = isinstance(rows, (list, tuple)) and all(isinstance(r, int) for r in rows)
+    return torch.tensor(rows, dtype=torch.int64) if whole else rows
+
+
+def _per_row(call: str, query: Tensor, **numbers: object) -> None:
+    """Refuse tensors that are neither scalars nor [B]."""
+    reasons = [
+        f"{name} must be a scalar or [{query.shape[0]}], got {list(x.shape)}"
+        for name, x in numbers.items()
+        if isinstance(x, Tensor) and tuple(x.shape) not in ((), (query.shape[0],))
+    ]
+    if reasons:
+        raise invalid(call, reasons, f"query {describe(query)}")
 
 
 def _adain_to_rows(
@@ -164,6 +182,8 @@ def shared_attention(
         t.to(query.device, non_blocking=True) for t in (rows.clamp(min=0), plain)
     )
     _check_like_query("shared_attention", query, key=key, value=value)
+    check_eps("shared_attention", eps, query)
+    _per_row("shared_attention", query, score_scale=score_scale, score_shift=score_shift)
 
     def adain(wanted: bool, x: Tensor) -> tuple[Affine | None, Tensor | None]:
         return (
@@ -204,7 +224,8 @@ def _check_like_query(call: str, query: Tensor, **others: object) -> None:
     for name, x in others.items():
         if not isinstance(x, Tensor) or x.shape != query.shape:
             reason = f"{name} must be like query {list(query.shape)}, got {describe(x)}"
-            raise Invalid(call, [reason], describe(query))
+            raise invalid(call, [reason], describe(query))
+        check_query(call, x, name)
 
 
 def _counted_twice(lse: Tensor, rows: Tensor, shift: Number) -> Tensor:
@@ -258,21 +279,21 @@ def injected_attention(
         and content_query.shape[0] == 1
     ):
         content_query = content_query.expand(query.shape[0], -1, -1, -1)
-    if isinstance(rows, (list, tuple)):
-        rows = torch.tensor(rows)
+    reasons = _number_reasons("gamma", gamma, query)
+    if reasons:
+        raise invalid("injected_attention", reasons, f"query {describe(query)}")
     segment = Segment(
         key,
         value,
-        rows=rows,  # type: ignore[arg-type]
+        rows=_as_rows(rows),
         logit_scale=temperature,
         key_bias=key_bias,
         own_key=own_key,
         own_value=own_value,
         kv_blend=kv_blend,
     )
-    branch = Branch(
-        (segment,), content_query=content_query, gamma=0.0 if content_query is None else gamma
-    )
+    share = 0.0 if content_query is None else gamma
+    branch = Branch((segment,), content_query=content_query, gamma=share)
     return _run("injected_attention", query, (branch,), softmax_scale, return_lse, backend)
 
 
@@ -309,11 +330,16 @@ def decoupled_attention(
     """
     check_query("decoupled_attention", query)
     batch, _, length, _ = query.shape
-    prompts = list(image_prompts)
+    prompts = list(image_prompts) if isinstance(image_prompts, (list, tuple)) else []
     many = isinstance(weights, (list, tuple))
     per_prompt: list[Any] = list(weights) if many else [weights] * len(prompts)  # type: ignore[arg-type]
-    per_mask: list[Tensor | None] = [None] * len(prompts) if masks is None else list(masks)
+    per_mask: list[Any] = list(masks) if isinstance(masks, (list, tuple)) else [None] * len(prompts)
     reasons = [
+        f"{name} must be a sequence, got {describe(x)}"
+        for name, x in (("image_prompts", image_prompts), ("masks", masks))
+        if not isinstance(x, (list, tuple)) and not (x is None and name == "masks")
+    ]
+    reasons += [
         f"{name} must have one entry per image prompt ({len(prompts)}), got {len(entries)}"
         for name, entries in (("weights", per_prompt), ("masks", per_mask))
         if len(entries) != len(prompts)
@@ -324,20 +350,41 @@ def decoupled_attention(
         if not isinstance(pair, (tuple, list)) or len(pair) != 2
     ]
     for n, mask in enumerate(per_mask):
-        if mask is not None and (
-            not isinstance(mask, Tensor)
-            or mask.shape not in ((length,), (1, length), (batch, length))
-        ):
-            reasons.append(
-                f"masks[{n}] must be [{length}], [1, {length}] or [{batch}, {length}], "
-                f"got {describe(mask)}"
-            )
+        reasons += _mask_reasons(n, mask, query)
+    for n, (weight, mask) in enumerate(zip(per_prompt, per_mask, strict=False)):
+        reasons += [] if mask is None else _number_reasons(f"weights[{n}]", weight, query)
     if reasons:
-        raise Invalid("decoupled_attention", reasons, f"query {describe(query)}")
+        raise invalid("decoupled_attention", reasons, f"query {describe(query)}")
     branches = [Branch((Segment(key, value, key_bias=key_bias),))]
     for (k, v), weight, mask in zip(prompts, per_prompt, per_mask, strict=True):
         branches.append(Branch((Segment(k, v),), weight=_masked(weight, mask, batch, length)))
     return _run("decoupled_attention", query, branches, softmax_scale, return_lse, backend)
+
+
+def _mask_reasons(n: int, mask: object, query: Tensor) -> list[str]:
+    """Why a spatial mask has no meaning."""
+    if mask is None:
+        return []
+    batch, _, length, _ = query.shape
+    shapes = ((length,), (1, length), (batch, length))
+    if not isinstance(mask, Tensor) or tuple(mask.shape) not in shapes:
+        want = f"[{length}], [1, {length}] or [{batch}, {length}]"
+        return [f"masks[{n}] must be {want}, got {describe(mask)}"]
+    if mask.device != query.device:
+        return [f"masks[{n}] is on {mask.device}, query is on {query.device}"]
+    return []
+
+
+def _number_reasons(name: str, x: object, query: Tensor) -> list[str]:
+    """Why a weight has no meaning."""
+    batch, _, length, _ = query.shape
+    if isinstance(x, Tensor):
+        if tuple(x.shape) in ((), (batch,), (batch, length)):
+            return []
+        return [f"{name} must be a scalar, [{batch}] or [{batch}, {length}], got {list(x.shape)}"]
+    if isinstance(x, (int, float)) and not isinstance(x, bool):
+        return []
+    return [f"{name} must be a number or a tensor, got a {type(x).__name__}"]
 
 
 def _masked(weight: Number, mask: Tensor | None, batch: int, length: int) -> Number:

@@ -12,7 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from styleattn.branch import Branch, describe, describe_call
+from styleattn.branch import Branch, describe_call
+from styleattn.errors import describe
 
 MODULES = {
     "reference": "styleattn.reference",
@@ -90,19 +91,18 @@ def reasons_against(name: str, query: Tensor, branches: tuple[Branch, ...]) -> l
     return [missing] if missing else load(name).unsupported_reasons(query, branches)
 
 
-def _valid(name: str, call: str) -> str:
-    if name not in MODULES:
-        raise ValueError(
-            f"{call}: backend must be one of {', '.join(MODULES)} or None, got {name!r}"
-        )
-    return name
+def check_name(call: str, backend: object) -> None:
+    """Refuse what is neither None nor the name of a backend."""
+    if backend is not None and backend not in MODULES:
+        names = ", ".join(MODULES)
+        raise ValueError(f"{call}: backend must be one of {names} or None, got {backend!r}")
 
 
 def _asked(backend: str | None, call: str) -> str | None:
     """The backend the caller or the environment names."""
-    if backend is None:
-        backend = os.environ.get(ENVIRONMENT) or None
-    return None if backend is None else _valid(backend, call)
+    backend = backend or os.environ.get(ENVIRONMENT) or None
+    check_name(call, backend)
+    return backend
 
 
 def resolve(call: str, query: Tensor, branches: tuple[Branch, ...], backend: str | None) -> str:

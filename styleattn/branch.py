@@ -13,18 +13,23 @@ to say.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from styleattn.errors import describe, invalid
+
 MAX_HEAD_DIM = 1024
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MATH_DTYPES = {torch.float64: torch.float64}
+_LARGEST = torch.finfo(torch.float32).max
+_MOST_NULL_KEYS = 2**31 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Affine:
     """A per-channel map ``y = scale * x + shift``, folded into the attention instead of being
     materialised.
@@ -43,9 +48,13 @@ class Affine:
     center: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segment:
     """One run of keys and values. The segments of a branch share one softmax.
+
+    What is removed contributes nothing, whatever it holds (NaN too): a segment by rows = -1 or by a
+    bias of -inf for the row, a key by a key bias of -inf. Numbers that change from call to call
+    belong in tensors: to a compiler a Python number is a constant.
 
     Args:
         key, value: [R, H, S, D].
@@ -79,7 +88,7 @@ class Segment:
     kv_blend: float | Tensor = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Branch:
     """Segments under one softmax, added to the output with one weight.
 
@@ -101,13 +110,6 @@ class Branch:
     gamma: float | Tensor = 0.0
 
 
-def describe(tensor: object) -> str:
-    """``[2, 8, 77, 64] float32 cpu`` for a tensor, the type's name for anything else."""
-    if not isinstance(tensor, Tensor):
-        return f"a {type(tensor).__name__}"
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {tensor.device}"
-
-
 def describe_call(query: object, branches: Sequence[Branch]) -> str:
     """One line with the shapes of a call, for error messages."""
     parts = [f"query {describe(query)}"]
@@ -117,15 +119,6 @@ def describe_call(query: object, branches: Sequence[Branch]) -> str:
         keys = ", ".join(describe(s.key) for s in branch.segments if isinstance(s, Segment))
         parts.append(f"branch {g}: keys {keys or 'none'}")
     return "; ".join(parts)
-
-
-class Invalid(ValueError):
-    """A call that has no meaning: names the call, every reason, and the shapes."""
-
-    def __init__(self, call: str, reasons: Sequence[str], inputs: str):
-        self.reasons = tuple(reasons)
-        lines = "".join(f"\n    {reason}" for reason in reasons)
-        super().__init__(f"{call}:{lines}\n  inputs: {inputs}")
 
 
 class _Checker:
@@ -142,10 +135,10 @@ class _Checker:
         if not isinstance(x, Tensor):
             self.reasons.append(f"{name} must be a tensor, got a {type(x).__name__}")
             return False
-        want = "[" + ", ".join("*" if n is None else str(n) for n in shape) + "]"
         if x.ndim != len(shape) or any(
             n is not None and n != m for n, m in zip(shape, x.shape, strict=True)
         ):
+            want = "[" + ", ".join("*" if n is None else str(n) for n in shape) + "]"
             self.reasons.append(f"{name} must be {want}, got {list(x.shape)}")
             return False
         return True
@@ -169,16 +162,14 @@ class _Checker:
     def number(self, name: str, x: object, *, per_query: bool = False) -> float | Tensor:
         """A scalar stays a float; a 0-dim, [B] or (where allowed) [B, L] tensor becomes [B] or [B,
         L] in the math dtype."""
-        if isinstance(x, bool) or not isinstance(x, (int, float, Tensor)):
-            self.reasons.append(f"{name} must be a number or a tensor, got a {type(x).__name__}")
-            return 0.0
         if not isinstance(x, Tensor):
-            if math.isnan(x):
-                self.reasons.append(f"{name} is NaN")
-            return float(x)
-        shapes = [(), (self.batch,)] + ([(self.batch, self.length)] if per_query else [])
-        if tuple(x.shape) not in shapes:
-            want = " or ".join(str(list(s)) if s else "a scalar" for s in shapes)
+            return self.constant(name, x)
+        fits = x.ndim == 0 or (x.ndim == 1 and x.shape[0] == self.batch)
+        if per_query and x.ndim == 2:
+            fits = x.shape[0] == self.batch and x.shape[1] == self.length
+        if not fits:
+            want = f"a scalar or [{self.batch}]"
+            want += f" or [{self.batch}, {self.length}]" if per_query else ""
             self.reasons.append(f"{name} must be {want}, got {list(x.shape)}")
             return 0.0
         if x.dtype == torch.bool or x.is_complex():
@@ -186,6 +177,22 @@ class _Checker:
             return 0.0
         x = x.to(device=self.query.device, dtype=self.math)
         return x.expand(self.batch) if x.ndim == 0 else x
+
+    def constant(self, name: str, x: object) -> float:
+        """A Python (or numpy) number as a float that the math dtype can hold."""
+        if torch.compiler.is_compiling() and not isinstance(x, (bool, str, type(None))):
+            return x  # type: ignore[return-value]  # maybe symbolic: nothing to look at yet
+        known = isinstance(x, (int, float, numbers.Real))
+        if isinstance(x, bool) or not known:
+            self.reasons.append(f"{name} must be a number or a tensor, got a {type(x).__name__}")
+            return 0.0
+        limit = math.inf if self.math == torch.float64 else _LARGEST
+        if x != x:
+            self.reasons.append(f"{name} is NaN")
+        elif limit < abs(x) < math.inf:  # type: ignore[arg-type]
+            self.reasons.append(f"{name} is beyond what float32 holds")
+            return 0.0
+        return float(x)  # type: ignore[arg-type]
 
     def affine(self, name: str, x: object) -> Affine | None:
         if x is None:
@@ -211,7 +218,7 @@ class _Checker:
 
     def rows(self, name: str, rows: object, available: int) -> Tensor | None:
         if rows is None:
-            if available not in (1, self.batch):
+            if available != 1 and available != self.batch:
                 self.reasons.append(
                     f"{name}.rows is needed: {available} key rows for {self.batch} query rows"
                 )
@@ -222,7 +229,7 @@ class _Checker:
         if rows.dtype not in (torch.int32, torch.int64):
             self.reasons.append(f"{name}.rows must be int32 or int64, got {rows.dtype}")
             return None
-        if rows.device.type == "cpu" and not torch.compiler.is_compiling() and type(rows) is Tensor:
+        if rows.device.type == "cpu" and not torch.compiler.is_compiling():
             bad = [r for r in rows.tolist() if not -1 <= r < available]
             if bad:
                 self.reasons.append(
@@ -241,15 +248,16 @@ def _segment(check: _Checker, name: str, s: object) -> Segment | None:
         return None
     r, _, length, _ = s.key.shape
     check.feature(f"{name}.value", s.value, (r, h, length, d))
-    if isinstance(s.null_keys, bool) or not isinstance(s.null_keys, int) or s.null_keys < 0:
-        check.reasons.append(f"{name}.null_keys must be a non-negative int, got {s.null_keys!r}")
-    if r == 0 or (length == 0 and not s.null_keys):
+    nulls = s.null_keys
+    if isinstance(nulls, bool) or not isinstance(nulls, int) or not 0 <= nulls <= _MOST_NULL_KEYS:
+        check.reasons.append(f"{name}.null_keys must be a non-negative int, got {nulls!r}")
+    if (r == 0 and b > 0) or (length == 0 and not s.null_keys):
         check.reasons.append(f"{name} is empty: key is {list(s.key.shape)}")
     rows = check.rows(name, s.rows, r)
     key_bias = s.key_bias
     if key_bias is not None:
-        ok = isinstance(key_bias, Tensor) and tuple(key_bias.shape) in ((length,), (r, length))
-        if not ok:
+        ok = isinstance(key_bias, Tensor) and key_bias.ndim in (1, 2)
+        if not ok or key_bias.shape[-1] != length or (key_bias.ndim == 2 and len(key_bias) != r):
             check.reasons.append(
                 f"{name}.key_bias must be [{length}] or [{r}, {length}], got {describe(key_bias)}"
             )
@@ -311,29 +319,29 @@ def _branch(check: _Checker, name: str, branch: object) -> Branch | None:
     )
 
 
-def check_query(call: str, query: object) -> Tensor:
-    """The query of a call, or Invalid: [B, H, L, D], floating point, contiguous last dim, nothing
-    empty."""
+def check_query(call: str, query: object, name: str = "query") -> Tensor:
+    """A query (or what `name` says) of a call, or Invalid: [B, H, L, D], floating point, contiguous
+    last dim, nothing empty."""
     reasons = []
     if not isinstance(query, Tensor):
-        reasons.append(f"query must be a tensor, got a {type(query).__name__}")
+        reasons.append(f"{name} must be a tensor, got a {type(query).__name__}")
     elif query.ndim != 4:
-        reasons.append(f"query must be [batch, heads, length, head_dim], got {list(query.shape)}")
+        reasons.append(f"{name} must be [batch, heads, length, head_dim], got {list(query.shape)}")
     else:
         if query.dtype not in _DTYPES:
             reasons.append(
-                f"query must be float32, float16, bfloat16 (or float64), got {query.dtype}"
+                f"{name} must be float32, float16, bfloat16 (or float64), got {query.dtype}"
             )
         if 0 in query.shape[1:]:
-            reasons.append(f"query is empty: {list(query.shape)}")
+            reasons.append(f"{name} is empty: {list(query.shape)}")
         if query.shape[-1] > MAX_HEAD_DIM:
             reasons.append(f"head_dim is {query.shape[-1]} (at most {MAX_HEAD_DIM})")
         if query.stride(-1) != 1 and query.shape[-1] > 1:
             reasons.append(
-                f"query needs a contiguous last dim, has strides {tuple(query.stride())}"
+                f"{name} needs a contiguous last dim, has strides {tuple(query.stride())}"
             )
     if reasons:
-        raise Invalid(call, reasons, f"query {describe(query)}")
+        raise invalid(call, reasons, f"{name} {describe(query)}")
     assert isinstance(query, Tensor)
     return query
 
@@ -344,9 +352,10 @@ def normalize(
     """Check the meaning of a call and bring it to the form every backend takes.
 
     After it: numbers are Python floats or tensors ([B], or [B, L] for bias and weight) in fp32
-        (fp64 for an fp64 query) on
-    the query's device; affines and key biases are in that dtype too; rows are None or int [B]; the
-    scale is a float.
+        (fp64
+    for an fp64 query) on the query's device; affines and key biases are in that dtype too; rows are
+    None or int [B]; the scale is a float. Under a compiler the entries of rows are not checked here
+    but where they are used.
 
     Raises:
         Invalid: with every reason at once.
@@ -356,13 +365,14 @@ def normalize(
     if isinstance(branches, Branch):
         branches = (branches,)
     if not isinstance(branches, (tuple, list)) or not branches:
-        raise Invalid(
+        raise invalid(
             call, ["branches must be a non-empty sequence of Branch"], describe_call(query, ())
         )
     normal = tuple(_branch(check, f"branches[{g}]", branch) for g, branch in enumerate(branches))
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    known = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if softmax_scale is not None and (not known or not -_LARGEST <= scale <= _LARGEST):
         check.reasons.append(f"softmax_scale must be a finite number, got {softmax_scale!r}")
     if check.reasons:
-        raise Invalid(call, check.reasons, describe_call(query, branches))
+        raise invalid(call, check.reasons, describe_call(query, branches))
     return normal, float(scale)  # type: ignore[return-value]

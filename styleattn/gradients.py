@@ -10,6 +10,7 @@ and the chain through affines, blends, row maps and numbers. Memory: one block o
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -28,9 +29,8 @@ def _rows(x: float | Tensor) -> Any:
     return x[:, None, None, None] if x.ndim == 1 else x[:, None, :, None]
 
 
-def _number_grad(grad: Tensor, like: Tensor) -> Tensor:
-    """Sum a [B, H, L, *] gradient to the shape of a [B] or [B, L] number."""
-    return grad.sum((1, 2, 3)) if like.ndim == 1 else grad.sum((1, 3))
+def _is_zero(weight: float | Tensor) -> bool:
+    return not isinstance(weight, Tensor) and weight == 0.0
 
 
 class _Affine:
@@ -62,13 +62,30 @@ class _Keys:
         self.own: Tensor | None = getattr(s, f"own_{which}")
         self.map = _Affine(getattr(s, f"{which}_affine"))
         self.rows = None if s.rows is None else s.rows.to(self.source.device)
-        self.picked = self._gather(self.source).to(dtype)
+        self.removed = self._removed()
+        self.picked = self._kept(self._gather(self.source).to(dtype))
         self.lam = _rows(s.kv_blend)
         self.mixed = self.picked
         if self.own is not None:
-            self.mixed = self.lam * self.picked + (1 - self.lam) * self.own.to(dtype)
-        self.value = self.map.forward(self.mixed)
+            self.mixed = self.lam * self.picked + (1 - self.lam) * self._kept(self.own.to(dtype))
+        self.value = self._kept(self.map.forward(self.mixed))
         self.grad = torch.zeros_like(self.value)
+
+    def _removed(self) -> Tensor | None:
+        """[B or 1, 1, S or 1, 1]: keys that a row does not see at all; they must not spread NaN."""
+        s, gone = self.segment, []
+        if isinstance(s.logit_bias, Tensor) and s.logit_bias.ndim == 1:
+            gone.append((s.logit_bias == NEG_INF).reshape(-1, 1, 1, 1))
+        if self.rows is not None:
+            gone.append((self.rows < 0).reshape(-1, 1, 1, 1))
+        if s.key_bias is not None:
+            full = s.key_bias if s.key_bias.ndim == 2 else s.key_bias[None]
+            full = full[:, None, :, None]
+            gone.append((full if len(full) == 1 else self._gather(full)) == NEG_INF)
+        return None if not gone else functools.reduce(torch.logical_or, gone)
+
+    def _kept(self, x: Tensor) -> Tensor:
+        return x if self.removed is None else x.masked_fill(self.removed, 0.0)
 
     def _gather(self, x: Tensor) -> Tensor:
         if self.rows is None:
@@ -85,7 +102,7 @@ class _Keys:
         if self.own is not None:
             grads[(g, i, f"own_{self.which}", None)] = (1 - self.lam) * grad
             if isinstance(self.segment.kv_blend, Tensor):
-                blend = (grad * (self.picked - self.own.to(grad.dtype))).sum((1, 2, 3))
+                blend = (grad * (self.picked - self._kept(self.own.to(grad.dtype)))).sum((1, 2, 3))
                 path = (g, i, "kv_blend", None)
                 grads[path] = grads[path] + blend if path in grads else blend
             grad = self.lam * grad
@@ -123,15 +140,17 @@ class _SegmentGrad:
         if self.key_bias is not None:
             beta = beta + self.key_bias
         if self.k.rows is not None:
-            beta = torch.where(
-                (self.k.rows < 0).reshape(-1, 1, 1, 1), NEG_INF, torch.as_tensor(beta)
-            )
+            beta = torch.where((self.k.rows < 0).reshape(-1, 1, 1, 1), NEG_INF, self._tensor(beta))
         return beta
+
+    def _tensor(self, x: Any) -> Tensor:
+        like = self.k.value
+        return torch.as_tensor(x, dtype=like.dtype, device=like.device)
 
     def probabilities(self, q: Tensor, block: slice, lse: Tensor) -> tuple[Tensor, Tensor]:
         """P and the logits without alpha, [B, H, l, S]."""
         raw = self.scale * (q @ self.k.value.transpose(-1, -2))
-        beta = torch.as_tensor(self.bias(block), device=q.device)
+        beta = self._tensor(self.bias(block))
         logits = torch.where(beta == NEG_INF, NEG_INF, self.alpha * raw + beta)
         lse = torch.where(lse == NEG_INF, 0.0, lse).unsqueeze(-1)
         return torch.exp(logits - lse), raw
@@ -183,13 +202,19 @@ def _branch_gradients(
 ) -> Tensor:
     """Gradients of one branch into `grads`; returns that of the call's query."""
     dtype = lse.dtype
+    if _is_zero(branch.weight) and not grad_lse.any():
+        return torch.zeros(query.shape, dtype=dtype, device=query.device)
     base = (query if branch.query is None else branch.query).to(dtype)
     query_map = _Affine(branch.query_affine)
     plain = query_map.forward(base)
     gamma = _rows(branch.gamma)
     content = None if branch.content_query is None else branch.content_query.to(dtype)
     q = plain if content is None else gamma * content + (1 - gamma) * plain
-    segments = [_SegmentGrad(s, g, i, q, dtype, scale) for i, s in enumerate(branch.segments)]
+    segments = [
+        _SegmentGrad(s, g, i, q, dtype, scale)
+        for i, s in enumerate(branch.segments)
+        if isinstance(s.logit_bias, Tensor) or s.logit_bias != NEG_INF
+    ]
     q_grad = torch.empty_like(q)
     weight = _rows(branch.weight)
     weight_grad = q.new_zeros(q.shape[0], q.shape[2])

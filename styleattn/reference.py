@@ -46,7 +46,7 @@ def _gather(x: Tensor, rows: Tensor | None, batch: int) -> Tensor:
     if rows is None:
         return x.expand(batch, *x.shape[1:])
     rows = rows.to(x.device)
-    picked = x.index_select(0, rows.clamp(min=0))
+    picked = x.index_select(0, torch.where(rows == -1, 0, rows))
     return torch.where(
         (rows >= 0).reshape(-1, 1, 1, 1), picked, torch.zeros((), dtype=x.dtype, device=x.device)
     )
@@ -59,7 +59,24 @@ def _keys_and_values(s: Segment, batch: int, dtype: torch.dtype) -> tuple[Tensor
         lam = over(s.kv_blend, 4)
         k = lam * k + (1 - lam) * s.own_key.to(dtype)
         v = lam * v + (1 - lam) * s.own_value.to(dtype)
-    return _affine(k, s.key_affine), _affine(v, s.value_affine)
+    k, v = _affine(k, s.key_affine), _affine(v, s.value_affine)
+    removed = _removed(s, batch, k.device)
+    return k.masked_fill(removed, 0.0), v.masked_fill(removed, 0.0)
+
+
+def _removed(s: Segment, batch: int, device: torch.device) -> Tensor:
+    """[B, 1, S or 1, 1]: the keys that a row does not see at all, by its rows, bias or key bias."""
+    gone = torch.zeros(batch, 1, 1, 1, dtype=torch.bool, device=device)
+    beta = torch.as_tensor(s.logit_bias, device=device)
+    if beta.ndim < 2:
+        gone = gone | (beta == NEG_INF).reshape(-1, 1, 1, 1)
+    if s.rows is not None:
+        gone = gone | (s.rows.to(device) < 0).reshape(-1, 1, 1, 1)
+    if s.key_bias is not None and s.key_bias.ndim == 1:
+        gone = gone | (s.key_bias == NEG_INF).reshape(1, 1, -1, 1)
+    elif s.key_bias is not None:
+        gone = gone | (_gather(s.key_bias[:, None, :, None], s.rows, batch) == NEG_INF)
+    return gone
 
 
 def _logits(q: Tensor, k: Tensor, s: Segment, softmax_scale: float) -> Tensor:

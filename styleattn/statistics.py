@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from styleattn import _ops
-from styleattn.branch import Affine, Invalid, check_query, describe
+from styleattn import _ops, backends
+from styleattn.branch import Affine, check_query
+from styleattn.errors import describe, invalid
 
 
 class TokenStats(NamedTuple):
@@ -33,25 +33,37 @@ def token_stats(x: Tensor, *, eps: float = 1e-5, backend: str | None = None) -> 
     Raises:
         Invalid: not a [B, H, N, D] floating point tensor, or eps not positive.
     """
-    check_query("token_stats", x)
-    if (
-        isinstance(eps, bool)
-        or not isinstance(eps, (int, float))
-        or not eps > 0
-        or not math.isfinite(eps)
-    ):
-        raise Invalid(
-            "token_stats", [f"eps must be a positive number, got {eps!r}"], f"x {describe(x)}"
-        )
+    check_query("token_stats", x, "x")
+    check_eps("token_stats", eps, x)
+    backends.check_name("token_stats", backend)
     return TokenStats(*_ops.token_stats_op(x, float(eps), backend or ""))
+
+
+def check_eps(call: str, eps: object, x: Tensor) -> None:
+    """Refuse an eps that is not a positive finite number."""
+    number = isinstance(eps, (int, float)) and not isinstance(eps, bool)
+    if not number or not 0 < eps < float("inf"):  # type: ignore[operator]
+        raise invalid(call, [f"eps must be a positive number, got {eps!r}"], f"x {describe(x)}")
 
 
 def adain_affine(own: TokenStats, reference: TokenStats) -> Affine:
     """AdaIN as an affine: y = (x - mean_own) / std_own * std_reference + mean_reference, all [B, H,
     D] fp32.
 
+    Raises:
+        Invalid: not two TokenStats of one shape.
+
     Source: Huang & Belongie 2017 (AdaIN), eq. 8; StyleAligned (arXiv 2312.02133), sec. 3.2.
     """
+    reasons = [
+        f"{name} must be a TokenStats, got a {type(stats).__name__}"
+        for name, stats in (("own", own), ("reference", reference))
+        if not isinstance(stats, TokenStats)
+    ]
+    if not reasons and not own.mean.shape == own.std.shape == reference.mean.shape:
+        reasons = [f"own is {describe(own.mean)}, reference is {describe(reference.mean)}"]
+    if reasons:
+        raise invalid("adain_affine", reasons, "own, reference")
     scale = reference.std / own.std
     return Affine(scale, reference.mean - own.mean * scale, own.mean)
 
@@ -71,12 +83,12 @@ def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Te
         -inf.
 
     Raises:
-        Invalid: no parts, or shapes that do not belong together.
+        Invalid: no parts, or shapes, dtypes or devices that do not belong together.
     """
     outputs, lses = list(outputs), list(lses)
     inputs = ", ".join(describe(t) for t in (*outputs, *lses))
     if not outputs or len(outputs) != len(lses):
-        raise Invalid(
+        raise invalid(
             "merge",
             [f"needs as many outputs as lses, at least one; got {len(outputs)} and {len(lses)}"],
             inputs,
@@ -89,9 +101,12 @@ def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Te
         or not isinstance(lse, Tensor)
         or o.shape != outputs[0].shape
         or lse.shape != o.shape[:-1]
+        or o.dtype != outputs[0].dtype
+        or not (o.is_floating_point() and lse.is_floating_point())
+        or not (o.device == lse.device == outputs[0].device)
     ]
     if reasons:
-        raise Invalid("merge", reasons, inputs)
+        raise invalid("merge", reasons, inputs)
     dtype = torch.float64 if outputs[0].dtype == torch.float64 else torch.float32
     stacked = torch.stack([lse.to(dtype) for lse in lses])
     lse = torch.logsumexp(stacked, 0)

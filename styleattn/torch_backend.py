@@ -19,6 +19,9 @@ from torch import Tensor
 from styleattn.branch import Branch, Segment
 
 NEG_INF = float("-inf")
+_SHORTEST = 8
+_PEAK = 16384.0
+_ROOM = 32.0
 _aten = torch.ops.aten
 
 
@@ -45,6 +48,12 @@ def _library_attention(
     """One library call on [B, H, L, D]: output, and natural-log LSE [B, H, L] in fp32. `bias` is [B
     or 1, 1, 1, S]."""
     if q.device.type == "cpu":
+        short = _SHORTEST - k.shape[2]
+        if short > 0:  # the library drops NaN of queries and keys where there are fewer keys
+            if bias is None:
+                bias = torch.zeros(1, 1, 1, k.shape[2])
+            k, v = (torch.nn.functional.pad(x, (0, 0, 0, short)) for x in (k, v))
+            bias = torch.nn.functional.pad(bias, (0, short), value=NEG_INF)
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=bias, scale=scale
         )
@@ -98,17 +107,42 @@ def _fold(
         return q, None, scale
     scaled = q.float() if alpha is None else q.float() * alpha[:, None, None, None]
     exact = scaled if affine is None else scaled * affine.scale[:, :, None]
+    if dtype == torch.float16:  # a power of two moves to the softmax scale, lest the query overflow
+        room = _room(exact)
+        exact, scaled, scale = exact / room, scaled / room, scale * room
     folded = (
         torch.empty(q.transpose(1, 2).shape, dtype=dtype, device=q.device)
         .transpose(1, 2)
         .copy_(exact)
     )
-    if affine is None:
-        return folded, None, scale
-    term = torch.einsum("bhld,bhd->bhl", scaled, affine.shift)
-    if affine.center is not None and dtype != torch.float32:
-        term += torch.einsum("bhld,bhd->bhl", exact - folded.float(), affine.center)
-    return folded, term * scale, scale
+    term = None
+    if affine is not None:
+        term = torch.einsum("bhld,bhd->bhl", scaled, affine.shift)
+    if dtype != torch.float32:
+        rest = torch.einsum("bhld,bhd->bhl", exact - folded.float(), _center(s, len(q)))
+        term = rest if term is None else term + rest
+    return folded, None if term is None else term * scale, scale
+
+
+def _room(x: Tensor) -> float:
+    """A power of two that brings a query into the range of fp16. On a GPU it is a constant: reading
+    the peak would wait for the device."""
+    if x.device.type != "cpu":
+        return _ROOM
+    peak = float(x.abs().nan_to_num(0.0, 0.0).max())
+    return 2.0 ** max(0, math.ceil(math.log2(peak / _PEAK))) if peak > _PEAK else 1.0
+
+
+def _center(s: Segment, batch: int) -> Tensor:
+    """The channel means [B, H, D] of the keys that serve each row: as given, else measured."""
+    if s.key_affine is not None and s.key_affine.center is not None:
+        return s.key_affine.center
+    source = s.key if s.own_key is None else s.own_key
+    rows = s.rows if s.own_key is None else None
+    mean = source.mean(2, dtype=torch.float32)
+    if rows is not None:
+        mean = mean.index_select(0, rows.to(mean.device).clamp(min=0))
+    return mean.nan_to_num(0.0, 0.0, 0.0).expand(batch, -1, -1)
 
 
 def _groups(rows: list[int]) -> Iterator[tuple[list[int], list[int]]]:
@@ -163,6 +197,8 @@ def _mapped(
     rows = (
         s.rows.tolist() if s.rows is not None else identity if k.shape[0] == batch else [0] * batch
     )
+    if s.rows is not None and not all(-1 <= r < len(k) for r in rows):
+        raise ValueError(f"torch: rows {rows} are not in -1..{len(k) - 1}")
     if rows == identity and k.shape[0] == batch:
         return _library_attention(q, k, v, bias, scale)
     out = torch.zeros(batch, length, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -189,7 +225,7 @@ def _segment(q: Tensor, s: Segment, dtype: torch.dtype, scale: float) -> tuple[T
     """One segment: its normalised output and its LSE, with every option of the segment but the null
     keys."""
     key, value, rows = s.key, s.value, s.rows
-    if key.shape[2] == 0:
+    if key.shape[2] == 0 or (not isinstance(s.logit_bias, Tensor) and s.logit_bias == NEG_INF):
         return q.new_zeros(q.shape, dtype=dtype), q.new_full(
             q.shape[:-1], NEG_INF, dtype=torch.float32
         )
@@ -205,6 +241,8 @@ def _segment(q: Tensor, s: Segment, dtype: torch.dtype, scale: float) -> tuple[T
         rows = None if rows is None else torch.where(rows.cpu() < 0, -1, identity)
     live = None
     if bias is not None:  # a fully masked row has no softmax: let it see its keys, then drop it
+        gone = (bias == NEG_INF).transpose(-1, -2)
+        key, value = key.masked_fill(gone, 0.0), value.masked_fill(gone, 0.0)
         dead = (bias == NEG_INF).all(-1, keepdim=True)
         bias = torch.where(dead, 0.0, bias)
         live = ~dead[:, 0, :, 0]
@@ -216,10 +254,22 @@ def _segment(q: Tensor, s: Segment, dtype: torch.dtype, scale: float) -> tuple[T
         lse = torch.where(live[:, None], lse, NEG_INF)
     if term is not None:
         lse = lse + term
-    lse = lse + (_over(s.logit_bias) if isinstance(s.logit_bias, Tensor) else s.logit_bias)
+    if isinstance(s.logit_bias, Tensor):
+        beta = _over(s.logit_bias)
+        lse = torch.where(beta == NEG_INF, NEG_INF, lse + beta)
+        out = torch.where(torch.isnan(lse).unsqueeze(-1), lse.unsqueeze(-1), out).to(out.dtype)
+    else:
+        lse = lse + s.logit_bias
+    lse = torch.where(_dropped(s, lse), NEG_INF, lse) if s.rows is not None else lse
     if s.value_affine is not None:
         out = out.float() * s.value_affine.scale[:, :, None] + s.value_affine.shift[:, :, None]
     return out, lse
+
+
+def _dropped(s: Segment, lse: Tensor) -> Tensor:
+    """[B, 1, 1]: rows that the row map removes."""
+    assert isinstance(s.rows, Tensor)
+    return (s.rows.to(lse.device) < 0)[:, None, None]
 
 
 def merge_two(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 of it at once."""
 
 import math
+import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,14 +105,33 @@ def test_every_reason_at_once():
         (lambda: styleattn.shared_attention(Q, Q, Q, reference_rows=[0]), "reference_rows must be int [2]"),
         (lambda: styleattn.shared_attention(Q, Q, Q, reference_rows=[0, 5]), "reference_rows has [5]"),
         (lambda: styleattn.shared_attention(Q, Q, Q, reference_rows=[1, 0]), "which are no references"),
-        (lambda: styleattn.shared_attention(Q, Q, Q, reference_rows=[0.0, 0.0]), "must be int32 or int64"),
+        (lambda: styleattn.shared_attention(Q, Q, Q, reference_rows=[0.0, 0.0]), "must be int [2], got a list"),
         (lambda: styleattn.shared_attention(Q, Q, Q, reference_rows=[0, 0], eps=-1.0), "eps must be a positive"),
         (lambda: styleattn.injected_attention(Q, K, K, rows=[0, 9]), "rows has [9]"),
         (lambda: styleattn.injected_attention(Q, K, K, kv_blend=0.5), "kv_blend needs own_key"),
         (lambda: styleattn.decoupled_attention(Q, K, K, [(K, K)], weights=[1.0, 2.0]), "one entry per image prompt (1)"),
         (lambda: styleattn.decoupled_attention(Q, K, K, [K], weights=1.0), "image_prompts[0] must be a pair"),
         (lambda: styleattn.decoupled_attention(Q, K, K, [(K, K)], weights=1.0, masks=[torch.ones(S)]), "masks[0] must be [5]"),
-        (lambda: styleattn.token_stats(Q[0]), "query must be [batch, heads"),
+        (lambda: styleattn.token_stats(Q[0]), "x must be [batch, heads"),
+        (lambda: styleattn.shared_attention(Q, Q, Q, reference_rows=["a", "b"]), "must be int [2], got a list"),
+        (lambda: styleattn.shared_attention(Q, Q, Q, reference_rows=[0, 0], score_shift=torch.zeros(B, L)), "score_shift must be a scalar or [2]"),
+        (lambda: styleattn.shared_attention(Q, Q, Q, reference_rows=[0, 0], eps=-1, adain_queries=False, adain_keys=False), "eps must be"),
+        (lambda: styleattn.shared_attention(Q, Q.int(), Q, reference_rows=[0, 0]), "key must be float32"),
+        (lambda: styleattn.injected_attention(Q, K, K, gamma="much"), "gamma must be a number or a tensor, got a str"),
+        (lambda: styleattn.decoupled_attention(Q, K, K, None, weights=1.0), "image_prompts must be a sequence"),
+        (lambda: styleattn.decoupled_attention(Q, K, K, [(K, K)], weights=1.0, masks=torch.ones(1, L)), "masks must be a sequence"),
+        (lambda: styleattn.decoupled_attention(Q, K, K, [(K, K)], weights=None, masks=[torch.ones(L)]), "weights[0] must be a number"),
+        (lambda: styleattn.decoupled_attention(Q, K, K, [(K, K)], weights=torch.ones(3), masks=[torch.ones(L)]), "weights[0] must be a scalar"),
+        (lambda: styleattn.decoupled_attention(Q, K, K, [(K, K)], weights=1.0, masks=[torch.ones(L, device="meta")]), "masks[0] is on meta"),
+        (lambda: styleattn.attention(Q, branch(), backend=3), "backend must be one of"),
+        (lambda: styleattn.attention(Q, branch(weight=10**400)), "weight is beyond what float32 holds"),
+        (lambda: styleattn.attention(Q, segment(logit_bias=-1e39)), "logit_bias is beyond what float32 holds"),
+        (lambda: styleattn.attention(Q, branch(), softmax_scale=10**400), "softmax_scale must be a finite"),
+        (lambda: styleattn.attention(Q, segment(null_keys=10**30)), "null_keys must be a non-negative int"),
+        (lambda: styleattn.adain_affine(None, None), "own must be a TokenStats, got a NoneType"),
+        (lambda: styleattn.adain_affine(styleattn.token_stats(Q), styleattn.token_stats(Q[:1])), "reference is [1, 3, 8]"),
+        (lambda: styleattn.merge([Q, Q.half()], [Q[..., 0]] * 2), "part 1"),
+        (lambda: styleattn.merge([Q.int()], [Q[..., 0]]), "part 0"),
         (lambda: styleattn.token_stats(Q, eps=0), "eps must be a positive number"),
         (lambda: styleattn.merge([], []), "at least one"),
         (lambda: styleattn.merge([Q], [Q]), "do not belong"),
@@ -121,6 +142,39 @@ def test_other_calls(call, words):
     with pytest.raises(ValueError) as error:
         call()
     assert words in str(error.value)
+
+
+def test_rows_are_checked_where_a_compiler_hides_them():
+    rows = torch.tensor([0, 9])
+    compiled = torch.compile(
+        lambda q: styleattn.attention(q, segment(rows=rows), backend="torch"), backend="eager"
+    )
+    with pytest.raises(ValueError, match="rows has \\[9\\]"):
+        compiled(Q)
+    with pytest.raises(Invalid, match="rows has \\[7\\]"):
+        bad = torch.nn.Parameter(torch.tensor([0, 7]), requires_grad=False)
+        styleattn.attention(Q, segment(rows=bad))
+
+
+def test_errors_travel_between_processes():
+    with pytest.raises(Invalid) as error:
+        styleattn.attention(Q, branch(weight=None))
+    copy = pickle.loads(pickle.dumps(error.value))
+    assert str(copy) == str(error.value) and copy.reasons == error.value.reasons
+
+
+def test_forward_mode_is_refused():
+    with pytest.raises(RuntimeError, match="no forward-mode differentiation"):
+        torch.func.jvp(lambda k: styleattn.attention(Q, segment(key=k)), (K,), (K,))
+
+
+def test_numpy_numbers_are_numbers():
+    half = styleattn.attention(Q, branch(weight=np.float32(0.5)))
+    assert torch.equal(half, styleattn.attention(Q, branch(weight=0.5)))
+
+
+def test_dataclasses_compare_by_identity():
+    assert Segment(K, K) != Segment(K, K) and len({Segment(K, K), Segment(K, K)}) == 2
 
 
 def test_a_backend_that_cannot_says_why():
