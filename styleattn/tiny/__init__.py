@@ -2,8 +2,8 @@
 and its measure.
 
 The model draws the things of `CONTENTS` in the styles of `STYLES`, 32 x 32 pixels, and nothing
-else. It needs no network and no GPU.
-Importing this module loads neither diffusers nor transformers; `load` does.
+else. It needs no network and no GPU. Importing this module loads neither diffusers nor
+transformers; `load` does.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ WEIGHTS = Path(__file__).parent / "weights" / "classifier.safetensors"
 
 
 class Classifier(nn.Module):
-    """Four convolutions and two linear heads; pictures [B, 3, 32, 32] in -1..1 to logits of
-    content and edge."""
+    """Four convolutions and two linear heads; pictures [B, 3, 32, 32] in -1..1 to logits of content
+    and edge."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()

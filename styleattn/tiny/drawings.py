@@ -1,11 +1,9 @@
 """A deterministic generator of small drawings whose content and style are known.
 
-A drawing is 32 x 32 RGB. Its *content* is one of `CONTENTS`: a shape, or a small scene with a
-strip of ground or water. Its *style* is a
-texture, a palette and an edge treatment: the texture covers background and object alike, the
-background in the two ground colours
-of the palette and the object in its two figure colours, and the edge is a line around the object
-(or none).
+A drawing is 32 x 32 RGB. Its *content* is one of `CONTENTS`: a shape, or a small scene with a strip
+of ground or water. Its *style* is a texture, a palette and an edge treatment: the texture covers
+background and object alike, the background in the two ground colours of the palette and the object
+in its two figure colours, and the edge is a line around the object (or none).
 """
 
 from __future__ import annotations
@@ -26,8 +24,8 @@ PALETTES = ("ember", "ocean", "forest", "candy", "mono", "desert")
 
 @dataclass(frozen=True)
 class Palette:
-    """Five RGB colours (0..255): two of the ground, two of the figure, and the lines of the
-    `inked` and `glowing` edges."""
+    """Five RGB colours (0..255): two of the ground, two of the figure, and the lines of the `inked`
+    and `glowing` edges."""
 
     ground: tuple[tuple[int, int, int], tuple[int, int, int]]
     figure: tuple[tuple[int, int, int], tuple[int, int, int]]
@@ -192,8 +190,8 @@ _FINE = (np.arange(SIZE * _OVERSAMPLING, dtype=np.float32) + 0.5) / _OVERSAMPLIN
 
 
 def draw(content: str, style: Style | str, rng: np.random.Generator) -> np.ndarray:
-    """One drawing, uint8 [32, 32, 3]; `rng` moves and scales the object and varies the colours by
-    a few levels.
+    """One drawing, uint8 [32, 32, 3]; `rng` moves and scales the object and varies the colours by a
+    few levels.
 
     Raises:
         ValueError: the content or a word of the style is not known.

@@ -2,9 +2,8 @@
 models.
 
 Texture and palette are read with plain statistics of the pixels; content and edge with a small
-classifier trained on drawings
-(`styleattn.tiny.classifier`). Both are validated on drawings that were not used to make them
-(`validate`).
+classifier trained on drawings (`styleattn.tiny.classifier`). Both are validated on drawings that
+were not used to make them (`validate`).
 """
 
 from __future__ import annotations
@@ -87,12 +86,12 @@ _PATTERNS = {name: _cells(TEXTURE_MAPS[name])[0, :, 0] for name in TEXTURES if n
 
 
 def texture_shares(picture: Any) -> dict[str, float]:
-    """The share of the 4 x 4 cells that show each texture; cells with another structure, such as
-    an outline, show none.
+    """The share of the 4 x 4 cells that show each texture; cells with another structure, such as an
+    outline, show none.
 
-    A flat cell shows `plain`. Any other cell shows the texture whose 0/1 pattern p explains most
-    of the variance of its colours c,
-    `|<p - mean(p), c - mean(c)>|^2 / (|p - mean(p)|^2 |c - mean(c)|^2)`, if that is above 0.7.
+    A flat cell shows `plain`. Any other cell shows the texture whose 0/1 pattern p explains most of
+    the variance of its colours c, `|<p - mean(p), c - mean(c)>|^2 / (|p - mean(p)|^2 |c -
+    mean(c)|^2)`, if that is above 0.7.
     """
     cells = _cells(as_array(picture).astype(np.float32))
     deviations = cells - cells.mean(1, keepdims=True)
@@ -133,8 +132,7 @@ def palette_distances(picture: Any) -> dict[str, float]:
 
 
 def read_palette(picture: Any) -> str | None:
-    """The palette whose colours are nearest, or None if even that one is more than 40 levels
-    away."""
+    """The palette whose colours are nearest, or None if none is within 40 levels."""
     distances = palette_distances(picture)
     nearest = min(distances, key=lambda name: distances[name])
     return nearest if distances[nearest] <= _PALETTE_DISTANCE else None
@@ -159,10 +157,9 @@ class Score:
     """Shares, 0..1, over `count` pictures.
 
     `style_match`: texture and palette are those of the reference. `content_accuracy`: the content
-    is that of the prompt.
-    `leakage`: the content is that of the reference, over the pictures whose prompt names another
-    one; `leakage_chance`: the same
-    share if wrong contents were spread evenly over the classes.
+    is that of the prompt. `leakage`: the content is that of the reference, over the pictures whose
+    prompt names another one; `leakage_chance`: the same share if wrong contents were spread evenly
+    over the classes.
     """
 
     count: int

@@ -1,9 +1,8 @@
 """The parts of `tiny-sdxl`: a Stable Diffusion XL of a few million parameters for 32 x 32 drawings.
 
-The UNet has the three levels, the block names and the conditioning of Stable Diffusion XL; it
-works on 12 channels at 16 x 16, the
-2 x 2 pixels of three colours laid side by side, and predicts the clean latent
-(`prediction_type="sample"`).
+The UNet has the three levels, the block names and the conditioning of Stable Diffusion XL; it works
+on 12 channels at 16 x 16, the 2 x 2 pixels of three colours laid side by side, and predicts the
+clean latent (`prediction_type="sample"`).
 """
 
 from __future__ import annotations
@@ -114,9 +113,9 @@ class Denoiser(torch.nn.Module):
     """UNet and text encoders as they are trained: token ids and noisy latents in, clean latents
     out.
 
-    The text goes in as `StableDiffusionXLPipeline` hands it over: the last hidden states but one
-    of both encoders side by side, the
-    projected token of the second as the pooled embedding, and zeros for an empty prompt.
+    The text goes in as `StableDiffusionXLPipeline` hands it over: the last hidden states but one of
+    both encoders side by side, the projected token of the second as the pooled embedding, and zeros
+    for an empty prompt.
     """
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:

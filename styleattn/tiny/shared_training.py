@@ -1,6 +1,5 @@
 """Attention and norms shared within groups of drawings of one style, for those training steps that
-ask for
-it."""
+ask for it."""
 
 from __future__ import annotations
 
@@ -27,8 +26,8 @@ def _like(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 class GroupProcessor:
-    """Self-attention in which every row also attends to the first row of its group, as
-    StyleAligned does."""
+    """Self-attention in which every row also attends to the first row of its group, as StyleAligned
+    does."""
 
     def __init__(self, groups: Groups) -> None:
         self.groups = groups

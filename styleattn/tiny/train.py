@@ -1,10 +1,9 @@
-"""Train `tiny-sdxl` from nothing on drawings made on the fly: `python -m styleattn.tiny.train
---out DIR --steps 4500`.
+"""Train `tiny-sdxl` from nothing on drawings made on the fly: `python -m styleattn.tiny.train --out
+DIR --steps 4500`.
 
 Every batch is a function of the seed and of the number of the step, so a run that was interrupted
-goes on from its last checkpoint
-(`DIR/checkpoint.pt`, replaced atomically) to the weights it would have reached without the
-interruption.
+goes on from its last checkpoint (`DIR/checkpoint.pt`, replaced atomically) to the weights it would
+have reached without the interruption.
 """
 
 from __future__ import annotations
@@ -68,8 +67,8 @@ def make_batch(settings: Settings, step: int, tokenizer: Any) -> Batch:
     """The drawings, captions, noise and noise levels of one step.
 
     In a step with shared attention the batch is in groups of 4 drawings of one style and one noise
-    level; the first of a group,
-    which the others attend to, is in half of the groups at a lower level.
+    level; the first of a group, which the others attend to, is in half of the groups at a lower
+    level.
     """
     rng = np.random.default_rng([settings.seed, step])
     shared = rng.random() < settings.shared and step >= settings.shared_from

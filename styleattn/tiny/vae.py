@@ -1,9 +1,9 @@
-"""The autoencoder of `tiny-sdxl`: an ordinary `AutoencoderKL` whose latents are the 2 x 2 pixels
-of three colours side by side.
+"""The autoencoder of `tiny-sdxl`: an ordinary `AutoencoderKL` whose latents are the 2 x 2 pixels of
+three colours side by side.
 
 The encoder is not trained: its weights are written down here so that it computes exactly that, but
-for the rounding of its norms
-(below 0.1 of a level of 0..255). The decoder is trained: `python -m styleattn.tiny.vae --out DIR`.
+for the rounding of its norms (below 0.1 of a level of 0..255). The decoder is trained: `python -m
+styleattn.tiny.vae --out DIR`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def _clear(conv: nn.Conv2d) -> None:
 
 
 def _linear_norm(norm: nn.GroupNorm, group: int, data: int, anchors: int) -> None:
-    """Let the channels of a group (data, then one of zeros, then `anchors` constants of both
-    signs) come out as data + offset."""
+    """Let the channels of a group (data, then one of zeros, then `anchors` constants of both signs)
+    come out as data + offset."""
     width = norm.num_channels // norm.num_groups
     start = group * width
     norm.weight.data[start : start + data + 1] = _ANCHOR * (anchors / width) ** 0.5
