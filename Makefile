@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --no-compile
 RUN := HF_HUB_OFFLINE=1 $(BIN)/
 
-.PHONY: setup demo test quick lint format fuzz bench dist clean
+.PHONY: setup demo test full lint format fuzz bench dist clean
 
 setup: $(VENV)/.installed
 
@@ -29,10 +29,10 @@ demo: setup
 	$(RUN)styleattn demo --out out
 
 test: lint
-	$(RUN)python -m pytest
-
-quick: setup
 	$(RUN)python -m pytest -m "not slow"
+
+full: lint
+	$(RUN)python -m pytest
 
 lint: setup
 	$(BIN)/ruff check .
