@@ -51,10 +51,11 @@ STYLEATTN_INLINE void micro_tile(const typename Dot::Element* a, int64_t lda, co
     for (int j = 0; j < vectors; ++j) panel[j] = Dot::load(b + j * Vec::width * Dot::pair);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
-      const typename Dot::Operand x = Dot::broadcast(a + i * lda + k * Dot::pair);
+      const typename Dot::Operand x = Dot::broadcast(a + i * lda);
 #pragma GCC unroll 16
       for (int j = 0; j < vectors; ++j) sum[i][j] = Dot::dot(x, panel[j], sum[i][j]);
     }
+    a += Dot::pair;  // pointers, not an index: each row keeps one address register
     b += vectors * Vec::width * Dot::pair;
   }
 #pragma GCC unroll 16
