@@ -92,6 +92,10 @@ class Reference:
         layers: where: "all", "style", "layout", patterns, or diffusers' scale dictionary (its
             numbers multiply w).
         steps: when: (start, end) fractions of the run, or a curve of weights (they multiply w).
+        embeds: an image encoder's output for the picture [...], for encoder methods, in place of
+            image.
+        prompts: for encoder methods, the positions of the prompts in the call that see it; None for
+            all.
 
     Raises:
         ValueError: a weight, mask or schedule that has no meaning.
@@ -104,6 +108,8 @@ class Reference:
     mask: Tensor | None = None
     layers: Layers = "all"
     steps: Steps = (0.0, 1.0)
+    embeds: Tensor | None = None
+    prompts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)):
@@ -116,11 +122,26 @@ class Reference:
             raise ValueError(
                 f"Reference.prompt must be a string, got a {type(self.prompt).__name__}"
             )
-        if self.image is not None and self.latents is not None:
-            raise ValueError("Reference takes image or latents, not both")
+        given = [n for n in ("image", "latents", "embeds") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"Reference takes one of {', '.join(given)}, not both")
+        if self.prompts is not None:
+            object.__setattr__(self, "prompts", self._checked_prompts(self.prompts))
         object.__setattr__(self, "steps", check_steps("Reference.steps", self.steps))
         if self.mask is not None:
             self._check_mask(self.mask)
+
+    @staticmethod
+    def _checked_prompts(prompts: Any) -> tuple[int, ...]:
+        if isinstance(prompts, int) and not isinstance(prompts, bool):
+            prompts = (prompts,)
+        if not isinstance(prompts, (list, tuple)) or not all(
+            isinstance(p, int) and not isinstance(p, bool) and p >= 0 for p in prompts
+        ):
+            raise ValueError(
+                f"Reference.prompts must be positions of prompts (ints >= 0), got {prompts!r}"
+            )
+        return tuple(prompts)
 
     @staticmethod
     def _check_mask(mask: object) -> None:
@@ -137,6 +158,7 @@ class Reference:
             "weight": float(self.weight),
             "layers": plain(self.layers),
             "steps": list(self.steps),
+            **({} if self.prompts is None else {"prompts": list(self.prompts)}),
         }
 
     @classmethod
@@ -146,7 +168,7 @@ class Reference:
         Raises:
             ValueError: unknown keys.
         """
-        known = ("prompt", "weight", "layers", "steps")
+        known = ("prompt", "weight", "layers", "steps", "prompts")
         unknown = sorted(set(data) - set(known)) if isinstance(data, Mapping) else [repr(data)]
         if unknown:
             raise ValueError(

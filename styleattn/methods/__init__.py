@@ -1,9 +1,27 @@
 """The methods, by name: one file per paper, pure tensors, no host library."""
 
+from typing import Any
+
 from ._base import Layer, Method, NormCall, Rows, SelfCall
+from ._cross import Adapter, CrossCall, CrossParts, EncoderMethod, ImagePrompt
+from .ip_adapter import IPAdapter
 from .style_aligned import StyleAligned
 
-METHODS = {StyleAligned.name: StyleAligned}
+METHODS: dict[str, type[Any]] = {m.name: m for m in (StyleAligned, IPAdapter)}
 """Every method by the name that settings and the command line use."""
 
-__all__ = ["METHODS", "Layer", "Method", "NormCall", "Rows", "SelfCall", "StyleAligned"]
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "CrossCall",
+    "CrossParts",
+    "EncoderMethod",
+    "IPAdapter",
+    "ImagePrompt",
+    "Layer",
+    "Method",
+    "NormCall",
+    "Rows",
+    "SelfCall",
+    "StyleAligned",
+]

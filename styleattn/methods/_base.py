@@ -38,11 +38,13 @@ class Rows:
         chunks: 1 without guidance, 2 for [uncond, cond], 3 with a perturbed chunk.
         count: rows per chunk.
         references: the rows of each chunk that are references, in order.
+        unconditional: per chunk, whether it is the unconditional one.
     """
 
     chunks: int
     count: int
     references: tuple[int, ...]
+    unconditional: tuple[bool, ...] = ()
 
     @property
     def targets(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from styleattn.backends import MODULES as BACKENDS
-from styleattn.methods import METHODS, Method
+from styleattn.methods import METHODS, EncoderMethod, Method
 from styleattn.references import StyleBank
 
 from . import unet
@@ -106,7 +106,7 @@ class Handle:
 
 def apply(
     pipe_or_model: Any,
-    *methods: Method,
+    *methods: Method | EncoderMethod,
     bank: StyleBank | None = None,
     backend: str | None = None,
 ) -> Handle:
@@ -119,7 +119,8 @@ def apply(
 
     Args:
         pipe_or_model: a pipeline, or its UNet. Pipelines that share it share the style.
-        methods: at least one; on a self-attention layer at most one may be at work.
+        methods: at least one; on a self-attention layer at most one may be at work, on a
+            cross-attention layer any number.
         bank: references made ready by `build_bank`.
         backend: of `styleattn.attention`; None for the best that can run.
 
@@ -134,7 +135,7 @@ def apply(
     if not methods:
         raise TypeError(f"apply needs at least one method; there are {', '.join(METHODS)}")
     for method in methods:
-        if isinstance(method, type) or not isinstance(method, Method):
+        if isinstance(method, type) or not isinstance(method, (Method, EncoderMethod)):
             got = (
                 f"the class {method.__name__}"
                 if isinstance(method, type)

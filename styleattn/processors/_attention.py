@@ -24,20 +24,20 @@ anew."""
 CONTROLLER = "_styleattn_controller"
 """Attribute of a styled model that holds its `Controller`."""
 
-_SCALED = tuple(
+SCALED = tuple(
     getattr(host, name)
     for name in ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")
     if hasattr(host, name)
 )
-_FUSED: tuple[type, ...] = (host.FusedAttnProcessor2_0,)
-_PERTURBED = tuple(
+FUSED: tuple[type, ...] = (host.FusedAttnProcessor2_0,)
+PERTURBED = tuple(
     getattr(host, name)
     for name in ("PAGCFGIdentitySelfAttnProcessor2_0", "PAGIdentitySelfAttnProcessor2_0")
     if hasattr(host, name)
 )
-PLAIN = (AttnProcessor2_0, *_SCALED, *_FUSED)
+PLAIN = (AttnProcessor2_0, *SCALED, *FUSED)
 """Processors that compute ordinary attention: what a style method may stand in for."""
-REPLACEABLE = (*PLAIN, *_PERTURBED)
+REPLACEABLE = (*PLAIN, *PERTURBED)
 
 
 @dataclass
@@ -60,6 +60,17 @@ class Site:
     weights: tuple[float, ...]
     base: Any
     note: str = ""
+
+    replaceable = REPLACEABLE
+
+    @property
+    def methods(self) -> tuple[int, ...]:
+        """The position of the method here."""
+        return (self.method,)
+
+    def processor(self, base: Any) -> StyleAttnProcessor:
+        """What stands in for a processor."""
+        return StyleAttnProcessor(base)
 
 
 class StyleAttnProcessor:
@@ -89,11 +100,11 @@ class StyleAttnProcessor:
         site: Site | None = getattr(attn, STATE, None)
         base = self.base or (site.base if site is not None else None) or AttnProcessor2_0()
         call = None
-        if site is not None and encoder_hidden_states is None and not _watched(site):
+        if site is not None and encoder_hidden_states is None and not watched(site):
             call = site.controller.call_of(site)
         if site is None or call is None:
             return base(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        projected, query, key, value = project(attn, hidden_states, temb, isinstance(base, _FUSED))
+        projected, query, key, value = project(attn, hidden_states, temb, isinstance(base, FUSED))
         method, rows, strengths, gate, numbers, masks = call
         if rows.chunks * rows.count != query.shape[0]:
             raise RuntimeError(
@@ -111,13 +122,30 @@ class StyleAttnProcessor:
                 numbers,
                 tuple(site.controller.mask_bias(m, query.shape[2]) for m in masks),
                 key_bias(site.layer.name, attention_mask, key),
-                float(attn.scale) if isinstance(base, _SCALED) else None,
+                float(attn.scale) if isinstance(base, SCALED) else None,
                 site.controller.backend,
             )
         )
-        if isinstance(base, _PERTURBED):
+        if isinstance(base, PERTURBED):
             out = torch.cat([out[: -rows.count], value[-rows.count :]])
         return finish(attn, out, projected, hidden_states)
+
+
+def sequence(attn: Attention, hidden_states: Tensor, temb: Tensor | None) -> Tensor:
+    """The tokens [B, N, C] that enter a layer, after the norms that belong to it."""
+    x = hidden_states
+    if attn.spatial_norm is not None:
+        x = attn.spatial_norm(x, temb)
+    if x.ndim == 4:
+        x = x.flatten(2).transpose(1, 2)
+    if attn.group_norm is not None:
+        x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+    return x
+
+
+def heads(attn: Attention, x: Tensor) -> Tensor:
+    """[B, N, H * D] as [B, H, N, D]."""
+    return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
 
 def project(
@@ -128,19 +156,9 @@ def project(
     Calls the projection modules and never reads their weights: LoRA, quantised and offloaded layers
     stay in use.
     """
-    x = hidden_states
-    if attn.spatial_norm is not None:
-        x = attn.spatial_norm(x, temb)
-    if x.ndim == 4:
-        x = x.flatten(2).transpose(1, 2)
-    if attn.group_norm is not None:
-        x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-    if fused:
-        query, key, value = attn.to_qkv(x).chunk(3, dim=-1)
-    else:
-        query, key, value = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-    heads = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value))
-    query, key, value = heads
+    x = sequence(attn, hidden_states, temb)
+    parts = attn.to_qkv(x).chunk(3, dim=-1) if fused else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
+    query, key, value = (heads(attn, t) for t in parts)
     if attn.norm_q is not None:
         query = attn.norm_q(query)
     if attn.norm_k is not None:
@@ -179,7 +197,7 @@ def key_bias(name: str, attention_mask: Tensor | None, key: Tensor) -> Tensor | 
     return attention_mask[:, 0].expand(batch, length)
 
 
-def _watched(site: Site) -> bool:
+def watched(site: Any) -> bool:
     """Whether someone listens for `F.scaled_dot_product_attention` (perturbed-attention guiders
     do): they must hear
     it, so the layer falls back."""

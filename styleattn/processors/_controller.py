@@ -14,14 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from styleattn.methods import Method, NormCall, Rows
+from styleattn.methods import CrossCall, EncoderMethod, Method, NormCall, Rows
 from styleattn.methods._base import Number, off
 from styleattn.references import Reference, StyleBank, always, weight_at, weight_tensor
 
 from . import _caller
-from ._attention import CONTROLLER, REPLACEABLE, STATE, Site, StyleAttnProcessor
+from ._attention import CONTROLLER, STATE, Site, StyleAttnProcessor
 from ._caller import Caller
+from ._cross import LOADED, CrossSite, Entry, StyleCrossProcessor, StyleIPAdapterProcessor
+from ._norms import parameters
+from ._prompts import Prompts
 from ._rows import RESIDUALS, RowMaker, named, without_control
+
+OURS = (StyleAttnProcessor, StyleCrossProcessor, StyleIPAdapterProcessor)
 
 Strengths = tuple[Number, ...]
 Work = tuple[Method, Rows, Strengths, Number, Mapping[str, Number], tuple[Tensor | None, ...]]
@@ -31,13 +36,15 @@ layer."""
 
 @dataclass(frozen=True)
 class Now:
-    """What holds during the running denoiser call: rows, and weights of methods and references at
-    this step."""
+    """What holds during the running denoiser call: rows, weights of methods and references at this
+    step, the latents' size, rows that a bank added to every chunk, rows of each prompt."""
 
     rows: Rows
     gates: tuple[Number, ...]
     weights: tuple[Strengths, ...]
     size: tuple[int, int]
+    added: int = 0
+    each: int = 1
 
 
 class Controller:
@@ -46,27 +53,30 @@ class Controller:
     Args:
         methods: in the order given.
         references: per method, its references.
-        sites: attention module to what is known of it; norms: GroupNorm module to (method, gate,
-            weights).
         bank, backend: as `apply`.
         pipe: the pipeline that was styled, weakly; None for a bare model.
+        prompts: the image prompts of encoder methods.
     """
 
     def __init__(
         self,
-        methods: Sequence[Method],
+        methods: Sequence[Method | EncoderMethod],
         references: Sequence[tuple[Reference, ...]],
         bank: StyleBank | None,
         backend: str | None,
         pipe: Any = None,
+        prompts: Prompts | None = None,
     ):
-        self.methods = list(methods)
+        self.methods: list[Any] = list(methods)
         self.references = list(references)
-        self.sites: list[tuple[Any, Site]] = []
-        self.norms: dict[torch.nn.Module, tuple[str, int, float, tuple[float, ...]]] = {}
+        self.prompts = prompts or Prompts({})
+        self.sites: list[tuple[Any, Site | CrossSite]] = []
+        self.norms: dict[torch.nn.Module, tuple[str, Entry]] = {}
         self.backend = backend
         self.pipe = None if pipe is None else weakref.ref(pipe)
-        self.control = any(m.control_reference for m in methods)
+        pairs = zip(methods, references, strict=True)
+        self.wanted = max((len(r) for m, r in pairs if isinstance(m, Method)), default=0)
+        self.control = any(m.control_reference for m in methods if isinstance(m, Method))
         self.maker = None if bank is None else RowMaker(bank, self.control)
         self.explicit: Caller | None = None
         self.resting = 0
@@ -95,8 +105,7 @@ class Controller:
         now = self.now
         if now is None or self.resting or now.rows.count < 2:
             return None
-        gate = _times(site.gate, now.gates[site.method])
-        strengths = self._strengths(site.method, gate, site.weights, now)
+        gate, strengths = self.strengths(site, now)
         if off(gate) or all(off(s) for s in strengths):
             return None
         method = self.methods[site.method]
@@ -106,22 +115,36 @@ class Controller:
             self._rows(site.method, now),
             strengths,
             gate,
-            self._numbers(site.method),
+            self.numbers_of(site.method),
             masks,
         )
 
-    def _strengths(
-        self, method: int, gate: Number, weights: Sequence[float], now: Now
-    ) -> Strengths:
-        return tuple(
-            _times(w, _times(gate, d)) for w, d in zip(weights, now.weights[method], strict=True)
-        )
+    def working(self, site: CrossSite) -> bool:
+        """Whether a method is at work on a cross-attention layer; if not it is left as it was."""
+        now = self.now
+        if now is None or self.resting:
+            return False
+        return any(not off(_times(e.gate, now.gates[e.method])) for e in site.entries)
+
+    def cross_calls(
+        self, site: CrossSite, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None
+    ) -> Iterator[tuple[EncoderMethod, CrossCall]]:
+        """What every method of a cross-attention layer is asked now."""
+        if self.now is not None:
+            yield from self.prompts.calls(self, self.now, site, (query, key, value, key_bias))
+
+    def strengths(self, site: Site | Entry, now: Now) -> tuple[Number, Strengths]:
+        """A method's weight at a layer and step, and those of its references."""
+        gate = _times(site.gate, now.gates[site.method])
+        steps = now.weights[site.method]
+        weights = zip(site.weights, steps, strict=True)
+        return gate, tuple(_times(w, _times(gate, d)) for w, d in weights)
 
     def _rows(self, method: int, now: Now) -> Rows:
         rows = now.rows
         return Rows(rows.chunks, rows.count, rows.references[: len(self.references[method])])
 
-    def _numbers(self, method: int) -> Mapping[str, Number]:
+    def numbers_of(self, method: int) -> Mapping[str, Number]:
         if torch.compiler.is_compiling():
             return self.numbers[method]
         return {name: getattr(self.methods[method], name) for name in self.numbers[method]}
@@ -149,12 +172,12 @@ class Controller:
         now = self.now
         if now is None or self.resting or now.rows.count < 2:
             return None
-        _, method, gate_here, weights = self.norms[module]
-        gate = _times(gate_here, now.gates[method])
-        strengths = self._strengths(method, gate, weights, now)
+        _, entry = self.norms[module]
+        method = entry.method
+        _, strengths = self.strengths(entry, now)
         if all(off(s) for s in strengths):
             return None
-        weight, bias = _parameters(module, output)
+        weight, bias = parameters(module, output)
         rows = self._rows(method, now)
         call = NormCall(
             args[0], output, module.num_groups, weight, bias, module.eps, rows, strengths
@@ -179,25 +202,30 @@ class Controller:
                 f"styleattn: a batch of {batch} rows is not {caller.chunks} equal chunks of"
                 " guidance"
             )
-        count = batch // caller.chunks
+        count, each = batch // caller.chunks, caller.images_per_prompt
         gates, weights = self._schedule(inputs["timestep"], caller)
-        wanted = max(len(r) for r in self.references)
+        inputs = self.prompts.take(inputs, caller, count)
+        added = 0 if self.maker is None else self.maker.count
         if self.maker is not None:
-            rows = Rows(caller.chunks, count + self.maker.count, tuple(range(self.maker.count)))
+            references: tuple[int, ...] = tuple(range(added))
             inputs = self.maker.add(inputs, caller)
             self.stripping = caller.chunks
         else:
-            each = caller.images_per_prompt
-            references = caller.references or tuple(r * each for r in range(wanted))
-            self._check_rows(references, wanted, count)
-            rows = Rows(caller.chunks, count, references)
-            if not self.control and any(inputs.get(name) is not None for name in RESIDUALS):
-                inputs = without_control(inputs, rows.is_reference())
-        self.now = Now(rows, gates, weights, size)
+            references = caller.references or tuple(r * each for r in range(self.wanted))
+            self._check_rows(references, self.wanted, count)
+        rows = Rows(caller.chunks, count + added, references, caller.unconditional)
+        if (
+            self.maker is None
+            and references
+            and not self.control
+            and any(inputs.get(name) is not None for name in RESIDUALS)
+        ):
+            inputs = without_control(inputs, rows.is_reference())
+        self.now = Now(rows, gates, weights, size, added, each)
         return (), inputs
 
     def _check_rows(self, references: tuple[int, ...], wanted: int, count: int) -> None:
-        if len(references) != wanted or len(set(references)) != wanted or max(references) >= count:
+        if len({r for r in references if r < count}) != wanted or len(references) != wanted:
             raise ValueError(
                 f"styleattn: {wanted} references at rows {list(references)} of {count} rows per"
                 " chunk: the prompts of"
@@ -243,13 +271,13 @@ class Controller:
         """Put our processors back where something took them away, once with a warning."""
         for attn, site in self.sites:
             found: Any = attn.processor
-            if type(found) is StyleAttnProcessor:
+            if type(found) in OURS:
                 if found.base is None:
                     found.base = site.base
                 site.base = found.base
                 continue
             name = type(found).__name__
-            if type(found) not in REPLACEABLE:
+            if type(found) not in site.replaceable:
                 if not site.note:
                     site.note = f"left to {name}, which was set after the style"
                     self.warn(
@@ -258,8 +286,8 @@ class Controller:
                     )
                 continue
             site.base, site.note = found, ""
-            attn.processor = StyleAttnProcessor(found)
-            if not name.startswith("PAG"):
+            _put(attn, site.processor(found))
+            if not name.startswith("PAG") and not isinstance(found, LOADED):
                 self.warn(
                     f"attention processors were replaced by {name} after styleattn.apply; the"
                     " style is kept and"
@@ -279,7 +307,7 @@ class Controller:
         try:
             for attn, site in self.sites:
                 setattr(attn, STATE, site)
-                attn.processor = StyleAttnProcessor(site.base)
+                _put(attn, site.processor(site.base))
             for module in self.norms:
                 self._hooks.append(module.register_forward_hook(self.norm))
             self._hooks.append(model.register_forward_pre_hook(self.before, with_kwargs=True))
@@ -295,9 +323,9 @@ class Controller:
         ours: dict[int, Any] = {}
         for attn, site in self.sites:
             found: Any = attn.processor
-            if type(found) is StyleAttnProcessor:
-                ours[id(found)] = found.base or site.base
-                attn.processor = ours[id(found)]
+            if type(found) in OURS:
+                ours[id(found)] = site.base if found.base is None else found.base
+                _put(attn, ours[id(found)])
             if getattr(attn, STATE, None) is site:
                 delattr(attn, STATE)
         kept = getattr(
@@ -305,7 +333,7 @@ class Controller:
         )  # what unfuse_qkv_projections puts back
         if isinstance(kept, dict):
             for name, processor in kept.items():
-                if type(processor) is StyleAttnProcessor:
+                if type(processor) in OURS:
                     kept[name] = processor.base
         for hook in self._hooks:
             hook.remove()
@@ -349,6 +377,13 @@ class Controller:
             self.explicit = before
 
 
+def _put(attn: Any, processor: Any) -> None:
+    """Set a processor, whether it and the one before are modules or plain objects."""
+    attn._modules.pop("processor", None)
+    attn.__dict__.pop("processor", None)
+    attn.processor = processor
+
+
 def _without_numbers(method: Method) -> tuple[dict[str, Any], list[int]]:
     """The settings of a method but its numbers; masks by identity."""
     settings = {k: v for k, v in method.to_dict().items() if k not in method.NUMBERS}
@@ -358,18 +393,3 @@ def _without_numbers(method: Method) -> tuple[dict[str, Any], list[int]]:
 def _times(a: Number, b: Number) -> Number:
     """A product that stays a plain zero when one factor is known to be zero."""
     return 0.0 if off(a) or off(b) else a * b
-
-
-def _parameters(norm: torch.nn.GroupNorm, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias of a GroupNorm, wherever offloading keeps them.
-
-    Sequential offloading leaves placeholders outside the module's own forward; then the module is
-    asked: on the input (1, -1) per channel, mean 0 and variance 1, it answers bias ± weight /
-    sqrt(1 + eps).
-    """
-    weight, bias = norm.weight, norm.bias
-    if weight is not None and weight.is_meta:
-        probe = torch.tensor([1.0, -1.0], dtype=like.dtype, device=like.device)
-        up, down = norm.forward(probe.expand(1, norm.num_channels, 2))[0].double().unbind(-1)
-        return (up - down) * (0.5 * (1 + norm.eps) ** 0.5), (up + down) * 0.5
-    return tuple(None if p is None else p.to(like.device) for p in (weight, bias))  # type: ignore[return-value]

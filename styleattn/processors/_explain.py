@@ -9,7 +9,8 @@ import torch
 
 from styleattn.backends import PREFERENCE, reasons_against, resolve
 
-from ._attention import CONTROLLER, STATE, StyleAttnProcessor
+from ._attention import CONTROLLER, STATE
+from ._controller import OURS
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def explanation(model: Any) -> Explanation:
         attn = model.get_submodule(name)
         rows.append(_attention_row(name, attn, controller))
     norms = {} if controller is None else controller.norms
-    for norm_name, method, *_ in norms.values():
-        title = controller.methods[method].name
+    for norm_name, entry in norms.values():
+        title = controller.methods[entry.method].name
         rows.append(
             LayerReport(
                 norm_name, title, "GroupNorm", "torch", "statistics shared with the references"
@@ -70,8 +71,8 @@ def _attention_row(name: str, attn: Any, controller: Any) -> LayerReport:
         kind = "cross-attention" if attn.is_cross_attention else "self-attention"
         why = kind if controller is None else f"{kind}, not chosen by any method"
         return LayerReport(name, "", processor, "", why)
-    method = controller.methods[site.method].name
-    if type(attn.processor) is not StyleAttnProcessor:
+    method = " + ".join(controller.methods[i].name for i in site.methods)
+    if type(attn.processor) not in OURS:
         return LayerReport(
             name,
             "",

@@ -10,12 +10,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
-from styleattn.methods import Layer, Method
+from styleattn.methods import EncoderMethod, Layer, Method
 from styleattn.references import Reference, StyleBank
 
-from ._attention import REPLACEABLE, STATE, Site, StyleAttnProcessor
-from ._controller import Controller
+from ._attention import REPLACEABLE, STATE, Site
+from ._controller import OURS, Controller
+from ._cross import LOADED, CrossSite, Entry
 from ._layers import layer_weights
+from ._prompts import Prompts, prompts_of
 
 SUPPORTED = "UNet2DConditionModel (pipelines of Stable Diffusion 1.x, 2.x and XL)"
 COMPONENT = "unet"
@@ -37,9 +39,16 @@ def self_attention_layers(model: UNet2DConditionModel) -> dict[str, Attention]:
     }
 
 
+def cross_attention_layers(model: UNet2DConditionModel) -> dict[str, Attention]:
+    """The cross-attention modules by path, in the order of `attn_processors`: down, up, mid."""
+    names = [name.removesuffix(".processor") for name in model.attn_processors]
+    found = {name: model.get_submodule(name) for name in names if name.endswith(".attn2")}
+    return {name: attn for name, attn in found.items() if isinstance(attn, Attention)}
+
+
 def plan(
     model: UNet2DConditionModel,
-    methods: Sequence[Method],
+    methods: Sequence[Method | EncoderMethod],
     bank: StyleBank | None,
     backend: str | None,
     pipe: Any,
@@ -51,60 +60,101 @@ def plan(
             a layer.
         TypeError: attention processors that compute something of their own.
     """
-    references = [_references(m, bank) for m in methods]
+    references = [
+        _references(m, bank) if isinstance(m, Method) else m.references or () for m in methods
+    ]
     if bank is not None:
         _check_bank(model, bank)
-    controller = Controller(methods, references, bank, backend, pipe)
+    cross = cross_attention_layers(model)
+    sizes = {n: (a.inner_dim, a.cross_attention_dim) for n, a in cross.items()}
+    prompts = Prompts(
+        {
+            i: prompts_of(m, references[i], sizes, pipe)
+            for i, m in enumerate(methods)
+            if isinstance(m, EncoderMethod)
+        }
+    )
+    controller = Controller(methods, references, bank, backend, pipe, prompts)
+    for i, method in enumerate(methods):
+        if isinstance(method, Method):
+            _plan_self(controller, model, i, method)
+        if isinstance(method, EncoderMethod):
+            _plan_cross(controller, cross, i, method)
+    return controller
+
+
+def _plan_self(controller: Controller, model: UNet2DConditionModel, i: int, method: Method) -> None:
+    """The sites of a method on self-attention, and its norms."""
     layers = self_attention_layers(model)
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.GroupNorm)}
     if not layers:
         raise TypeError(f"{type(model).__name__} has no self-attention layers")
-    for i, method in enumerate(methods):
-        gates = layer_weights(method.layers, list(layers), norms)
-        weights = [layer_weights(r.layers, list(layers), norms) for r in references[i]]
-        for index, (name, attn) in enumerate(layers.items()):
-            layer = Layer(name, index, len(layers))
-            mine = tuple(r.weight * w[name] for r, w in zip(references[i], weights, strict=True))
-            if gates[name] and any(mine) and method.takes(layer):
-                _add_site(
-                    controller,
-                    attn,
-                    Site(controller, layer, i, gates[name], mine, _base(name, attn)),
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.GroupNorm)}
+    references = controller.references[i]
+    gates = layer_weights(method.layers, list(layers), norms)
+    weights = [layer_weights(r.layers, list(layers), norms) for r in references]
+    for index, (name, attn) in enumerate(layers.items()):
+        layer = Layer(name, index, len(layers))
+        mine = tuple(r.weight * w[name] for r, w in zip(references, weights, strict=True))
+        if gates[name] and any(mine) and method.takes(layer):
+            site = Site(controller, layer, i, gates[name], mine, _base(name, attn, REPLACEABLE))
+            _add_site(controller, attn, site)
+    for name, norm in norms.items() if method.shares_norm else ():
+        mine = tuple(r.weight * w[name] for r, w in zip(references, weights, strict=True))
+        if gates[name] and any(mine):
+            if norm in controller.norms:
+                raise ValueError(
+                    f"two methods share the statistics of {name}; give them separate layers"
                 )
-        for name, norm in norms.items() if method.shares_norm else ():
-            mine = tuple(r.weight * w[name] for r, w in zip(references[i], weights, strict=True))
-            if gates[name] and any(mine):
-                if norm in controller.norms:
-                    raise ValueError(
-                        f"two methods share the statistics of {name}; give them separate layers"
-                    )
-                controller.norms[norm] = (name, i, gates[name], mine)
-    return controller
+            controller.norms[norm] = (name, Entry(i, gates[name], mine))
+
+
+def _plan_cross(
+    controller: Controller, layers: dict[str, Attention], i: int, method: EncoderMethod
+) -> None:
+    """The sites of a method on cross-attention: several methods may be on one layer."""
+    if not layers:
+        raise TypeError(f"{method.name} needs cross-attention layers, and the model has none")
+    references = controller.references[i]
+    gates = layer_weights(method.layers, list(layers))
+    weights = [layer_weights(r.layers, list(layers)) for r in references]
+    sites = {id(attn): site for attn, site in controller.sites}
+    for index, (name, attn) in enumerate(layers.items()):
+        layer = Layer(name, index, len(layers))
+        mine = tuple(r.weight * w[name] for r, w in zip(references, weights, strict=True))
+        if not gates[name] or not method.takes_cross(layer):
+            continue
+        base = _base(name, attn, CrossSite.replaceable)
+        if method.adapter is None and not isinstance(base, LOADED):
+            continue
+        site = sites.get(id(attn))
+        if site is None:
+            site = CrossSite(controller, layer, [], base)
+            controller.sites.append((attn, site))
+        if isinstance(site, CrossSite):
+            site.entries.append(Entry(i, gates[name], mine))
 
 
 def _add_site(controller: Controller, attn: Attention, site: Site) -> None:
     for other, taken in controller.sites:
         if other is attn:
-            names = (controller.methods[taken.method].name, controller.methods[site.method].name)
+            names = [controller.methods[i].name for i in (*taken.methods, *site.methods)]
             raise ValueError(
-                f"{site.layer.name} is taken by {names[0]} and {names[1]}: self-attention methods"
-                " exclude each"
-                " other on a layer; give them separate `layers`"
+                f"{site.layer.name} is taken by {' and '.join(names)}: self-attention methods"
+                " exclude each other on a layer; give them separate `layers`"
             )
     controller.sites.append((attn, site))
 
 
-def _base(name: str, attn: Attention) -> Any:
+def _base(name: str, attn: Attention, replaceable: tuple[type, ...]) -> Any:
     """The processor that a layer would have without us."""
     found: Any = attn.processor
-    if type(found) is StyleAttnProcessor:
+    if type(found) in OURS:
         site = getattr(attn, STATE, None)
         found = found.base or (site.base if site is not None else None)
-    if found is not None and type(found) not in REPLACEABLE:
+    if found is not None and type(found) not in replaceable:
         raise TypeError(
             f"{name} has a {type(found).__name__}, which computes something of its own; styleattn"
-            " stands in for"
-            f" {', '.join(t.__name__ for t in REPLACEABLE)}"
+            f" stands in for {', '.join(t.__name__ for t in replaceable)}"
         )
     return found
 
