@@ -25,6 +25,7 @@ _LAZY = {
     "apply": "styleattn.processors",
     "explain": "styleattn.processors",
     "remove": "styleattn.processors",
+    "register_backend": "styleattn.processors.dispatch",
     "build_bank": "styleattn.processors.bank",
 }
 """Names that need a host library, and the module that holds them: imported at first use."""

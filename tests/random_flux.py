@@ -1,0 +1,181 @@
+"""FLUX pipelines and their encoders with random weights, a fraction of a second each: no files, no
+network."""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+import torch
+from random_pipelines import text_encoder, tokenizer
+
+HEADS, HEAD_DIM, TEXT = 2, 16, 32
+
+
+def t5_tokenizer() -> Any:
+    """A tokenizer of single characters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = string.ascii_letters + string.digits + string.punctuation
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    fast = Tokenizer(models.Unigram([*pieces, *((c, -3.0) for c in letters)], unk_id=2))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace()
+    fast.decoder = decoders.Metaspace()
+    fast.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
+    )
+
+
+def t5() -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(5)
+    config = T5Config(
+        vocab_size=128,
+        d_model=32,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=32,
+        decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config).eval()
+
+
+def siglip() -> Any:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(6)
+    config = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    return SiglipVisionModel(config).eval()
+
+
+def clip_vision() -> Any:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(7)
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        projection_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    return CLIPVisionModelWithProjection(config).eval()
+
+
+def vae(channels: int = 1) -> Any:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(8)
+    return AutoencoderKL(
+        sample_size=32,
+        block_out_channels=(4,),
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0609,
+        scaling_factor=1.5035,
+    ).eval()
+
+
+def transformer(**changes: Any) -> Any:
+    """Two double and two single blocks whose gates and norms speak."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(9)
+    config = {
+        "in_channels": 4,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": HEAD_DIM,
+        "num_attention_heads": HEADS,
+        "joint_attention_dim": TEXT,
+        "pooled_projection_dim": 32,
+        "axes_dims_rope": (4, 4, 8),
+        "guidance_embeds": True,
+        **changes,
+    }
+    model = FluxTransformer2DModel(**config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm_q" in name or "norm_k" in name or "norm_added" in name:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.5)
+        elif "attn." in name and name.endswith("weight"):
+            parameter.data.mul_(3.0)
+    return model
+
+
+def parts(**changes: Any) -> dict[str, Any]:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return {
+        "transformer": transformer(**changes),
+        "vae": vae(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "text_encoder": text_encoder(),
+        "tokenizer": tokenizer(),
+        "text_encoder_2": t5(),
+        "tokenizer_2": t5_tokenizer(),
+    }
+
+
+def flux(**changes: Any) -> Any:
+    """FLUX.1 dev: 16 x 16 pictures of 8 x 8 tokens."""
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline(**parts(**changes))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def fill() -> Any:
+    """FLUX.1 Fill: 20 channels = latents, masked picture, mask."""
+    from diffusers import FluxFillPipeline
+
+    given = {**parts(in_channels=20, out_channels=8), "vae": vae(2)}
+    pipe = FluxFillPipeline(**given)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def inputs(batch: int = 1, text: int = 7, grid: tuple[int, int] = (3, 4), seed: int = 0) -> Any:
+    """Arguments of a transformer call."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Any:
+        return torch.randn(*shape, generator=generator)
+
+    ids = torch.zeros(*grid, 3)
+    ids[..., 1] += torch.arange(grid[0])[:, None]
+    ids[..., 2] += torch.arange(grid[1])[None]
+    return {
+        "hidden_states": random(batch, grid[0] * grid[1], 4),
+        "encoder_hidden_states": random(batch, text, TEXT),
+        "pooled_projections": random(batch, 32),
+        "timestep": torch.full((batch,), 0.7),
+        "img_ids": ids.flatten(0, 1),
+        "txt_ids": torch.zeros(text, 3),
+        "guidance": torch.full((batch,), 3.5),
+    }
