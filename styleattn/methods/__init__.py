@@ -4,10 +4,17 @@ from typing import Any
 
 from ._base import Layer, Method, NormCall, Rows, SelfCall
 from ._cross import Adapter, CrossCall, CrossParts, EncoderMethod, ImagePrompt
+from ._facts import Facts
 from .ip_adapter import IPAdapter
 from .style_aligned import StyleAligned
+from .style_injection import StyleID
 
-METHODS: dict[str, type[Any]] = {m.name: m for m in (StyleAligned, IPAdapter)}
+_ALL = (
+    StyleAligned,
+    StyleID,
+    IPAdapter,
+)
+METHODS: dict[str, type[Any]] = {m.name: m for m in _ALL}
 """Every method by the name that settings and the command line use."""
 
 __all__ = [
@@ -16,6 +23,7 @@ __all__ = [
     "CrossCall",
     "CrossParts",
     "EncoderMethod",
+    "Facts",
     "IPAdapter",
     "ImagePrompt",
     "Layer",
@@ -24,4 +32,5 @@ __all__ = [
     "Rows",
     "SelfCall",
     "StyleAligned",
+    "StyleID",
 ]

@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ class Controller:
 
     def _rows(self, method: int, now: Now) -> Rows:
         rows = now.rows
-        return Rows(rows.chunks, rows.count, rows.references[: len(self.references[method])])
+        return replace(rows, references=rows.references[: len(self.references[method])])
 
     def numbers_of(self, method: int) -> Mapping[str, Number]:
         if torch.compiler.is_compiling():

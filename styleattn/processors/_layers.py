@@ -10,7 +10,7 @@ from typing import Any
 
 from styleattn.references import Layers
 
-PRESETS = ("all", "style", "layout")
+PRESETS = ("all", "style", "layout", "late", "style_id")
 _XL = {"style": {"up": {"block_0": [0.0, 1.0, 0.0]}}, "layout": {"down": {"block_2": [0.0, 1.0]}}}
 _V1 = {
     "style": ["up_blocks.1.*"],
@@ -26,9 +26,11 @@ def layer_weights(
 
     Args:
         layers: "all"; "style" or "layout" (the blocks that InstantStyle found in SDXL, and its
-            experimental ones in SD1.5); a name, a prefix or an fnmatch pattern of names, or
-            several; or diffusers' scale dictionary ({"down": {"block_2": [0, 1]}, "mid": 1, "up":
-            ...}; what it does not name is 0).
+            experimental ones in SD1.5); "late" (the decoder's blocks with attention but the
+            deepest: `up_blocks.2` and `.3` of SD1.5, `up_blocks.1` of SDXL) or "style_id" (the
+            same, on SDXL without its first attention module); a name, a prefix or an fnmatch
+            pattern of names, or several; or diffusers' scale dictionary ({"down": {"block_2":
+            [0, 1]}, "mid": 1, "up": ...}; what it does not name is 0).
         attention: the paths of the attention layers. Every pattern must hit one of them.
         others: further module paths to weigh by the same rule.
 
@@ -66,7 +68,24 @@ def _what_there_is(attention: Sequence[str]) -> str:
     return "there are " + ", ".join(groups or attention)
 
 
+def _late(name: str, attention: Sequence[str]) -> list[str]:
+    """The decoder's blocks with attention but the deepest; all there is where there is one."""
+    found = [m for m in map(_GROUP.match, attention) if m and m.group(1).startswith("up_blocks")]
+    blocks = sorted({int(m.group(2)) for m in found})
+    if not blocks:
+        raise ValueError(f"layers={name!r} needs a decoder with attention")
+    chosen = blocks[1:] or blocks
+    modules = sorted(
+        {(int(m.group(2)), int(m.group(3))) for m in found if int(m.group(2)) in chosen}
+    )
+    if name == "style_id" and blocks[0] == 0 and len(modules) > 1:
+        modules = [(b, a) for b, a in modules if a]
+    return [f"up_blocks.{b}.attentions.{a}" for b, a in modules]
+
+
 def _preset(name: str, attention: Sequence[str]) -> Layers:
+    if name in ("late", "style_id"):
+        return _late(name, attention)
     if any(layer.startswith("up_blocks.0.attentions.1.") for layer in attention):
         return _XL[name]
     if any(layer.startswith("up_blocks.1.attentions.") for layer in attention):

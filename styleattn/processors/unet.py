@@ -161,7 +161,7 @@ def _base(name: str, attn: Attention, replaceable: tuple[type, ...]) -> Any:
 
 def _references(method: Method, bank: StyleBank | None) -> tuple[Reference, ...]:
     """The references of a method: its own, the bank's, or one plain one."""
-    own = method.references
+    own, roles = method.references, getattr(method, "ROLES", ())
     if bank is None:
         for r in own or ():
             if r.image is not None or r.latents is not None:
@@ -169,7 +169,12 @@ def _references(method: Method, bank: StyleBank | None) -> tuple[Reference, ...]
                     f"{method.name}: a Reference with a picture or latents needs a bank:"
                     " styleattn.build_bank"
                 )
-        return own or (Reference(),)
+        return own or tuple(Reference() for _ in roles or ("style",))
+    if own is None and roles and len(bank.references) != len(roles):
+        raise ValueError(
+            f"{method.name} needs a bank of {len(roles)} references ({', '.join(roles)}), this one"
+            f" has {len(bank.references)}"
+        )
     if own is not None and len(own) != len(bank.references):
         raise ValueError(
             f"{method.name} has {len(own)} references, the bank {len(bank.references)}; leave them"

@@ -1,0 +1,121 @@
+"""Attention-injection methods on whole tiny UNets over all steps, against the written-out
+processors."""
+
+from __future__ import annotations
+
+import injection_oracles as papers
+import pytest
+import torch
+
+from styleattn.inversion import ddim_invert, encode_prompts
+from styleattn.inversion.host import time_ids
+from styleattn.methods import StyleID
+from styleattn.processors import apply
+from styleattn.processors._layers import layer_weights
+from styleattn.processors.bank import build_bank
+from styleattn.references import Reference
+
+LATE = ("up_blocks.1.",)
+STYLE_ID = ("up_blocks.1.attentions.1.", "up_blocks.1.attentions.2.")
+
+CASES = {
+    "style_id": (StyleID(), papers.style_id(), STYLE_ID, 2),
+    "style_id-strong": (StyleID(gamma=0.3, layers="all"), papers.style_id(0.3), ("",), 2),
+}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("case", CASES)
+def test_whole_unet(sdxl3, run, distance, case, guidance):
+    """The references are the first prompts of the call."""
+    method, rule, layers, references = CASES[case]
+    chunks = 2 if guidance > 1 else 1
+    plain = run(sdxl3, guidance_scale=guidance)
+    with papers.styled(sdxl3.unet, dict.fromkeys(layers, rule), chunks):
+        expected = run(sdxl3, guidance_scale=guidance)
+    with apply(sdxl3, method):
+        got = run(sdxl3, guidance_scale=guidance)
+    assert distance(got, expected) <= 1e-5
+    assert distance(got[references:], plain[references:]) > 1e-3  # the style is visible
+    assert torch.equal(run(sdxl3, guidance_scale=guidance), plain)
+
+
+def loop(pipe, trajectories, prompts, noise, steps, guidance=5.0):
+    """A DDIM run written out: reference rows put in at their own noise level at every step."""
+    told = encode_prompts(pipe, [*(t.prompt for t in trajectories), *prompts])
+    chunks = [told.negative_embeds, told.embeds]
+    pooled = [told.negative_pooled, told.pooled]
+    rows = len(told.embeds)
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    ids = time_ids(pipe, side, side).expand(2 * rows, -1)
+    added = {"text_embeds": torch.cat(pooled), "time_ids": ids} if pooled[0] is not None else None
+    pipe.scheduler.set_timesteps(steps)
+    x, count = noise, len(trajectories)
+    for i, t in enumerate(pipe.scheduler.timesteps):
+        shown = torch.cat([*(tr.latents[i : i + 1] for tr in trajectories), x])
+        with torch.no_grad():
+            out = pipe.unet(torch.cat([shown] * 2), t, torch.cat(chunks), added_cond_kwargs=added)
+        uncond, cond = (part[count:] for part in out.sample.chunk(2))
+        x = pipe.scheduler.step(uncond + guidance * (cond - uncond), t, x).prev_sample
+    return x
+
+
+def test_references_of_a_bank_are_rows_of_every_step(sdxl3, run, distance):
+    """The three-row batch: content and style at their own noise levels, nothing cached."""
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    options = {"num_inference_steps": 3, "guidance_scale": 1.0, "labels": "consistent"}
+    paths = [ddim_invert(sdxl3, x, p, **options) for x, p in zip(latents, ("a", "b"), strict=True)]
+    method = StyleID()
+    bank = build_bank(sdxl3, [Reference(latents=t) for t in paths], method, num_inference_steps=3)
+    assert bank.offset == 0
+    noise = run.noise(sdxl3, 2)
+    with papers.styled(sdxl3.unet, dict.fromkeys(STYLE_ID, papers.style_id())):
+        expected = loop(sdxl3, paths, ["a cat", "a dog"], noise, 3)
+    with apply(sdxl3, method, bank=bank):
+        got = run(sdxl3, ["a cat", "a dog"], steps=3, guidance_scale=5.0, noise=noise)
+    assert distance(got, expected) <= 1e-5
+
+
+def test_a_bank_with_too_few_references_is_refused(sdxl3):
+    bank = build_bank(sdxl3, Reference(prompt="a"), StyleID(), num_inference_steps=2)
+    with pytest.raises(ValueError, match=r"2 references \(content, style\), this one has 1"):
+        apply(sdxl3, StyleID(), bank=bank)
+
+
+SD15 = [
+    f"{part}.attentions.{a}.transformer_blocks.0.attn1"
+    for part, count in (
+        *((f"down_blocks.{b}", 2) for b in range(3)),
+        *((f"up_blocks.{b}", 3) for b in (1, 2, 3)),
+        ("mid_block", 1),
+    )
+    for a in range(count)
+]
+SDXL = [
+    f"{part}.attentions.{a}.transformer_blocks.{t}.attn1"
+    for part, count, depth in (
+        ("down_blocks.1", 2, 2),
+        ("down_blocks.2", 2, 10),
+        ("up_blocks.0", 3, 10),
+        ("up_blocks.1", 3, 2),
+        ("mid_block", 1, 10),
+    )
+    for a in range(count)
+    for t in range(depth)
+]
+
+
+def chosen(layers, names):
+    return [name for name, weight in layer_weights(layers, names).items() if weight]
+
+
+def test_layers_of_the_papers():
+    """StyleID: the six layers of the paper on SD 1.x (not the five of its diffusers port), and
+    AttenST's four on SDXL; "late" is Visual Style Prompting's six there."""
+    assert len(SD15) == 16 and len(SDXL) == 70
+    six = [name for name in SD15 if name.startswith(("up_blocks.2", "up_blocks.3"))]
+    assert len(six) == 6
+    assert chosen("style_id", SD15) == chosen("late", SD15) == six
+    assert chosen("style_id", SDXL) == [n for n in SDXL if n.startswith(STYLE_ID)]
+    assert chosen("late", SDXL) == [n for n in SDXL if n.startswith("up_blocks.1.")]
+    assert len(chosen("style_id", SDXL)) == 4 and len(chosen("late", SDXL)) == 6
