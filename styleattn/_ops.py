@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from styleattn import backends
 from styleattn.branch import Affine, Branch, Segment
 from styleattn.errors import describe, invalid
+from styleattn.lse import refined
 
 _AFFINE = ("scale", "shift", "center")
 _BRANCH = (
@@ -133,16 +134,21 @@ def attention_op(
     softmax_scale: float,
     backend: str,
     call: str,
+    exact_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, L, D] and lse [G, B, H, L] of a packed call; `backend` "" chooses, `call` names it
-    in errors."""
+    in errors; `exact_lse`: somebody reads the lse, so give back what folding took from it."""
     branches = unpack(tensors, layout, numbers)
     name = backends.resolve(call, query, branches, backend or None)
     if query.shape[0] == 0:
         return _blhd(query), _empty_lse(query, len(branches))
     _check_rows(call, branches)
     with torch.autocast(query.device.type, enabled=False):
-        return backends.load(name).attention_forward(query, branches, softmax_scale)
+        forward = backends.load(name).attention_forward
+        out, lse = forward(query, branches, softmax_scale)
+        if exact_lse and backends.rounds_queries(name, query):
+            lse = refined(forward, query, branches, softmax_scale, lse)
+        return out, lse
 
 
 def _check_rows(call: str, branches: Sequence[Branch]) -> None:
@@ -174,6 +180,7 @@ def _attention_fake(
     softmax_scale: float,
     backend: str,
     call: str,
+    exact_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     return _blhd(query), _empty_lse(query, layout[0])
 
@@ -237,7 +244,7 @@ def _attention_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    query, tensors, layout, numbers, softmax_scale, _, _ = inputs
+    query, tensors, layout, numbers, softmax_scale, *_ = inputs
     ctx.save_for_backward(query, *tensors, output[1])
     ctx.call = (list(layout), list(numbers), softmax_scale)
 
@@ -250,16 +257,25 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         grad_out, grad_lse, query, tensors, layout, numbers, softmax_scale, lse, needed
     )
     found = [g if need else None for g, need in zip(grads, needed, strict=True)]
-    return found[0], found[1:], None, None, None, None, None
+    return found[0], found[1:], None, None, None, None, None, None
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def attention(
-    query: Tensor, branches: Sequence[Branch], softmax_scale: float, backend: str | None, call: str
+    query: Tensor,
+    branches: Sequence[Branch],
+    softmax_scale: float,
+    backend: str | None,
+    call: str,
+    exact_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A normalised call through the op boundary.
+
+    Args:
+        exact_lse: the caller reads the lse: in half precision it costs folded branches one more
+            pass.
 
     Raises:
         RuntimeError: forward-mode differentiation, which the op does not have.
@@ -269,7 +285,9 @@ def attention(
         dual = [x for x in (query, *tensors) if forward_ad.unpack_dual(x).tangent is not None]
         if dual:
             raise RuntimeError(f"{call}: no forward-mode differentiation, only reverse mode")
-    return attention_op(query, tensors, layout, numbers, softmax_scale, backend or "", call)
+    return attention_op(
+        query, tensors, layout, numbers, softmax_scale, backend or "", call, exact_lse
+    )
 
 
 @torch.library.custom_op("styleattn::token_stats", mutates_args=())

@@ -91,6 +91,14 @@ def reasons_against(name: str, query: Tensor, branches: tuple[Branch, ...]) -> l
     return [missing] if missing else load(name).unsupported_reasons(query, branches)
 
 
+def rounds_queries(name: str, query: Tensor) -> bool:
+    """Whether a backend rounds a folded query before it meets the keys: only half precision is
+    rounded, and the C++ kernels compute in fp32 but where the CPU multiplies bfloat16."""
+    if query.dtype not in (torch.float16, torch.bfloat16) or name == "reference":
+        return False
+    return name != "cpu" or (query.dtype == torch.bfloat16 and "bf16" in load("cpu").isa())
+
+
 def check_name(call: str, backend: object) -> None:
     """Refuse what is neither None nor the name of a backend."""
     if backend is not None and backend not in MODULES:

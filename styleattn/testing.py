@@ -251,9 +251,10 @@ def assert_within_error_budget(
 ) -> None:
     """Hold a result against the specification in fp64.
 
-    Output: at most twice (what the eager formula in the same dtype loses + one rounding). LSE: 1e-5
-    in fp32, relative where it is above 1, and 1e-3 in half precision; or what the eager formula's
-    loses, where a half-precision query had to be folded and rounded.
+    Output: at most twice (what the eager formula in the same dtype loses + one rounding, of the
+    output or of the logits: exp turns the rounding of a logit x, |x| times half an fp32 ulp, into a
+    relative error, and a few queries are no sample of it). LSE: 1e-5 in fp32 and 1e-3 in half
+    precision, relative where it is above 1.
 
     Raises:
         AssertionError: with both errors.
@@ -261,17 +262,15 @@ def assert_within_error_budget(
     expected, expected_lse = exact(query, branches, softmax_scale)
     assert actual.shape == expected.shape and actual.dtype == query.dtype
     assert torch.isfinite(actual).all(), "not finite"
-    naive, naive_lse = eager(query, branches, softmax_scale)
-    error, floor = relative_error(actual, expected), torch.finfo(query.dtype).eps
+    naive, _ = eager(query, branches, softmax_scale)
+    error, largest = relative_error(actual, expected), float(_finite(expected_lse).abs().max())
+    floor = max(torch.finfo(query.dtype).eps, torch.finfo(torch.float32).eps / 2 * largest)
     allowed = relative_error(naive, expected) + max(rounding(query.dtype, expected), floor)
     assert error <= 2 * allowed, f"error {error:.2e}, budget {2 * allowed:.2e} ({query.dtype})"
     assert lse.dtype == torch.float32 and lse.shape == expected_lse.shape
     assert torch.equal(lse == NEG_INF, expected_lse == NEG_INF), "rows without keys"
     error = largest_difference(lse, expected_lse)
-    bound = (
-        1e-3 if query.dtype in HALF else 1e-5 * max(1.0, float(_finite(expected_lse).abs().max()))
-    )
-    bound = max(bound, largest_difference(naive_lse, expected_lse))
+    bound = (1e-3 if query.dtype in HALF else 1e-5) * max(1.0, largest)
     assert error <= bound, f"lse error {error:.2e}, budget {bound:.2e} ({query.dtype})"
 
 

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from styleattn.branch import Branch, Segment
+from styleattn.branch import Affine, Branch, Segment
 
 NEG_INF = float("-inf")
 _SHORTEST = 8
 _PEAK = 16384.0
 _ROOM = 32.0
+_PART = 1 << 22  # bytes of one fp32 tensor of the heads that a large call takes at a time
 _aten = torch.ops.aten
 
 
@@ -273,10 +276,14 @@ def _dropped(s: Segment, lse: Tensor) -> Tensor:
 
 
 def merge_two(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact merge of two partial attentions: out = lerp(out, other, sigmoid(other_lse - lse))."""
+    """Exact merge of two partial attentions: out = lerp(out, other, sigmoid(other_lse - lse)).
+
+    The shares come from the difference, not from the sum: its rounding would scale both of them.
+    """
     both = torch.logaddexp(lse, other_lse)
-    share = torch.where(both == NEG_INF, 0.0, torch.exp(other_lse - both)).unsqueeze(-1)
-    kept = torch.where(both == NEG_INF, 0.0, torch.exp(lse - both)).unsqueeze(-1)
+    further = torch.where(both == NEG_INF, NEG_INF, other_lse - lse)
+    share = torch.sigmoid(further).unsqueeze(-1)
+    kept = torch.where(both == NEG_INF, 0.0, torch.sigmoid(lse - other_lse)).unsqueeze(-1)
     a = torch.where(kept == 0.0, 0.0, out.float() * kept)
     return a + torch.where(share == 0.0, 0.0, other.float() * share), both
 
@@ -289,9 +296,9 @@ def _branch(query: Tensor, branch: Branch, scale: float) -> tuple[Tensor, Tensor
         out, lse = merge_two(out, lse, *_segment(q, s, query.dtype, scale))
     nulls = sum(s.null_keys for s in branch.segments)
     if nulls:
-        both = torch.logaddexp(lse, torch.full_like(lse, math.log(nulls)))
-        share = torch.exp(lse - both).unsqueeze(-1)
-        out, lse = torch.where(share == 0.0, 0.0, out.float() * share), both
+        share = torch.sigmoid(lse - math.log(nulls)).unsqueeze(-1)
+        out = torch.where(share == 0.0, 0.0, out.float() * share)
+        lse = torch.logaddexp(lse, torch.full_like(lse, math.log(nulls)))
     elif _may_be_dead(branch):
         out = torch.where(lse.unsqueeze(-1) == NEG_INF, 0.0, out)
     return out, lse
@@ -308,10 +315,52 @@ def _may_be_dead(branch: Branch) -> bool:
     )
 
 
+def _some_heads(node: Any, heads: slice) -> Any:
+    """A branch, segment, affine or [B, H, ...] tensor with some of its heads, as views."""
+    if isinstance(node, tuple):
+        return tuple(_some_heads(x, heads) for x in node)
+    if isinstance(node, Affine):
+        center = None if node.center is None else node.center[:, heads]
+        return Affine(node.scale[:, heads], node.shift[:, heads], center)
+    if isinstance(node, (Branch, Segment)):
+        kept = {name: _some_heads(getattr(node, name), heads) for name in _WITH_HEADS[type(node)]}
+        return replace(node, **kept)
+    return None if node is None else node[:, heads]
+
+
+_WITH_HEADS: dict[type, tuple[str, ...]] = {
+    Branch: ("segments", "query", "query_affine", "content_query"),
+    Segment: ("key", "value", "key_affine", "value_affine", "own_key", "own_value"),
+}
+
+
 def attention_forward(
     query: Tensor, branches: tuple[Branch, ...], softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The operation of `branch.py`: out [B, H, L, D], lse [G, B, H, L] in fp32."""
+    """The operation of `branch.py`: out [B, H, L, D], lse [G, B, H, L] in fp32.
+
+    On the CPU a large call goes through a few heads at a time: what it needs besides its tensors is
+    then a small part of them. A GPU gets the whole batch in one call.
+    """
+    batch, heads, length, dim = query.shape
+    longest = max(length, *(s.key.shape[2] for branch in branches for s in branch.segments))
+    step = max(1, _PART // (4 * batch * longest * dim))
+    if query.device.type != "cpu" or step >= heads:
+        return _some(query, branches, softmax_scale)
+    out = torch.empty(batch, length, heads, dim, dtype=query.dtype).transpose(1, 2)
+    lse = torch.empty(len(branches), batch, heads, length)
+    for start in range(0, heads, step):
+        part = slice(start, start + step)
+        out[:, part], lse[:, :, part] = _some(
+            query[:, part], _some_heads(branches, part), softmax_scale
+        )
+    return out, lse
+
+
+def _some(
+    query: Tensor, branches: tuple[Branch, ...], softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """`attention_forward` in one go."""
     batch, heads, length, dim = query.shape
     total: Tensor | None = None
     lses = []

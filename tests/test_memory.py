@@ -52,11 +52,11 @@ def measured(kind, tokens):
 cpu = pytest.mark.skipif("cpu" not in styleattn.backends(), reason="needs the compiled extension")
 
 
-@cpu
 @pytest.mark.slow
-def test_peak_is_that_of_plain_attention():
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=cpu)])
+def test_peak_is_that_of_plain_attention(backend):
     tensors, plain = measured("plain", 4096)
-    _, ours = measured("cpu", 4096)
+    _, ours = measured(backend, 4096)
     assert tensors + ours <= 1.3 * (tensors + plain)
     logits = 4 * 10 * 4096 * 8192 * 4
     assert tensors + ours < logits / 20

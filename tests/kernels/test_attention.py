@@ -19,6 +19,7 @@ from styleattn.kernels.attention import (
     unsupported_reasons,
 )
 from styleattn.kernels.decoupled import decoupled_kernel
+from styleattn.lse import refined
 from styleattn.testing import (
     BranchSpec,
     CallSpec,
@@ -39,7 +40,8 @@ def run(query, branches, scale=None):
     """out, lse of the kernels."""
     normal, scale = normalize("test", query, branches, scale)
     assert unsupported_reasons(query, normal) == []
-    return attention_forward(query, normal, scale)
+    out, lse = attention_forward(query, normal, scale)
+    return out, refined(attention_forward, query, normal, scale, lse)
 
 
 def check(query, branches, scale=None):
