@@ -92,7 +92,7 @@ def _segment(forward: Forward, q: Tensor, s: Segment, dtype: torch.dtype, scale:
         q = q * s.logit_scale[:, None, None, None]
     else:
         scale = scale * s.logit_scale
-    shift = 0.0
+    shift: Tensor | float = 0.0
     if s.key_affine is not None:
         shift = scale * torch.einsum("bhld,bhd->bhl", q, s.key_affine.shift)
         q = q * s.key_affine.scale[:, :, None]
