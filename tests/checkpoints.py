@@ -112,3 +112,88 @@ def unet_layers(family: str) -> list[tuple[str, int, int]]:
     ]
     name = "mid_block.attentions.0.transformer_blocks.{}.attn2"
     return found + [(name.format(t), 1280, cross) for t in range(mid)]
+
+
+def csgo(
+    layers: Sequence[tuple[str, int, int]], embed: int, dim: int, tokens: tuple[int, int] = (4, 32)
+) -> Shapes:
+    """csgo_4_32.bin: projectors, the up blocks of the UNet, the down blocks of the ControlNet."""
+    shapes = resampler(embed, dim, layers[0][2], tokens[0], 12, "content_image_proj.")
+    shapes |= resampler(embed, dim, layers[0][2], tokens[1], 12, "style_image_proj.")
+    for i, (name, inner, cross) in enumerate(layers):
+        for x in "kv":
+            if name.startswith("up_blocks"):
+                shapes[f"ip_adapter.{2 * i + 1}.to_{x}_ip.weight"] = (inner, cross)
+            if name.startswith("down_blocks"):
+                place = f"controlnet_adapter_modules.{name}.processor.to_{x}_ip.weight"
+                shapes[place] = (inner, cross)
+    return shapes
+
+
+def styleshot(layers: Sequence[tuple[str, int, int]], embed: int) -> Shapes:
+    shapes: Shapes = {}
+    for i in range(3):
+        one = base(embed, layers[0][2], 2)
+        stem = f"style_image_proj_modules.{i}."
+        shapes |= {stem + k.removeprefix("image_proj."): v for k, v in one.items()}
+    return {**shapes, **pairs(layers, "adapter_modules.")}
+
+
+def _bert_attention(stem: str, dim: int, context: int) -> Shapes:
+    shapes: Shapes = {}
+    for name, width in (("query", dim), ("key", context), ("value", context)):
+        shapes[f"{stem}self.{name}.weight"] = (dim, width)
+        shapes[f"{stem}self.{name}.bias"] = (dim,)
+    return {**shapes, **_bert_output(f"{stem}output.", dim, dim)}
+
+
+def _bert_output(stem: str, dim: int, inner: int) -> Shapes:
+    shapes: Shapes = {f"{stem}dense.weight": (dim, inner), f"{stem}dense.bias": (dim,)}
+    return {**shapes, f"{stem}LayerNorm.weight": (dim,), f"{stem}LayerNorm.bias": (dim,)}
+
+
+def qformer(dim: int, context: int, queries: int, inner: int, depth: int = 12) -> Shapes:
+    """The part of a BLIP-2 checkpoint that DEADiff uses, under LAVIS' names."""
+    bert = "Qformer.bert."
+    shapes: Shapes = {
+        "query_tokens": (1, queries, dim),
+        "ln_vision.weight": (context,),
+        "ln_vision.bias": (context,),
+        f"{bert}embeddings.word_embeddings.weight": (30523, dim),
+        f"{bert}embeddings.position_embeddings.weight": (512, dim),
+        f"{bert}embeddings.LayerNorm.weight": (dim,),
+        f"{bert}embeddings.LayerNorm.bias": (dim,),
+    }
+    for i in range(depth):
+        stem = f"{bert}encoder.layer.{i}."
+        shapes |= _bert_attention(f"{stem}attention.", dim, dim)
+        shapes |= _bert_attention(f"{stem}crossattention.", dim, context)
+        for suffix in ("", "_query"):
+            shapes[f"{stem}intermediate{suffix}.dense.weight"] = (inner, dim)
+            shapes[f"{stem}intermediate{suffix}.dense.bias"] = (inner,)
+            shapes |= _bert_output(f"{stem}output{suffix}.", dim, inner)
+    return shapes
+
+
+def deadiff(dim: int, context: int, queries: int, inner: int) -> Shapes:
+    """The Q-Formers and projectors of deadiff_v1.ckpt, with some of what belongs to training."""
+    shapes: Shapes = {}
+    for kind in ("style", "content"):
+        own = qformer(dim, context, queries, inner)
+        shapes |= {f"{kind}_blip.{k}": v for k, v in own.items()}
+        shapes[f"{kind}_blip.visual_encoder.conv1.weight"] = (8, 3, 2, 2)
+        shapes[f"{kind}_blip.Qformer.cls.predictions.bias"] = (30523,)
+        shapes[f"{kind}_blip.itm_head.weight"] = (2, dim)
+        stem = f"{kind}_proj_layer."
+        shapes |= {f"{stem}dense1.weight": (inner, dim), f"{stem}dense1.bias": (inner,)}
+        shapes |= {f"{stem}dense2.weight": (dim, inner), f"{stem}dense2.bias": (dim,)}
+        shapes |= {f"{stem}LayerNorm.weight": (dim,), f"{stem}LayerNorm.bias": (dim,)}
+    return {**shapes, "betas": (1000,), "first_stage_model.conv.weight": (2, 2)}
+
+
+LDM_BLOCKS = {  # where the latent-diffusion code has the attention modules of SD1.5
+    **{f"input_blocks.{i}.1": f"down_blocks.{i // 3}.attentions.{a}"
+       for i, a in ((1, 0), (2, 1), (4, 0), (5, 1), (7, 0), (8, 1))},
+    "middle_block.1": "mid_block.attentions.0",
+    **{f"output_blocks.{i}.1": f"up_blocks.{i // 3}.attentions.{i % 3}" for i in range(3, 12)},
+}  # fmt: skip

@@ -15,6 +15,7 @@ from styleattn.errors import describe, invalid
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+Blank = Literal["zeros", "null", "grey", "black"]
 _BLOCK = re.compile(r"(down_blocks|up_blocks|mid_block)(?:\.(\d+))?\.attentions\.(\d+)\.(.+)")
 _ORDER = {"down_blocks": 0, "up_blocks": 1, "mid_block": 2}
 
@@ -34,8 +35,9 @@ class Encoder:
         mean, std: of the normalisation per colour channel, of pixels in [0, 1].
         crop: resize the shorter side and crop the centre; False resizes both sides.
         blank: what stands for no image in unconditional rows: "zeros" is an encoder output of
-            zeros, "grey" the output for pixels that are zero after the normalisation, "black" the
-            output for a black picture.
+            zeros, "null" the same but with tokens of zero (so that, without biases, its keys have
+            the logit 0 and the value 0), "grey" the output for pixels that are zero after the
+            normalisation, "black" the output for a black picture.
     """
 
     tower: str
@@ -46,7 +48,7 @@ class Encoder:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     crop: bool = True
-    blank: Literal["zeros", "grey", "black"] = "zeros"
+    blank: Blank = "zeros"
 
     @property
     def sequence(self) -> bool:
@@ -55,7 +57,7 @@ class Encoder:
 
 
 def clip(
-    width: int, output: Literal["embeds", "hidden"], blank: Literal["zeros", "grey", "black"]
+    width: int, output: Literal["embeds", "hidden"], blank: Blank, *, crop: bool = True
 ) -> Encoder:
     """The CLIP tower whose projected embedding, or last hidden state but one, has this width."""
     towers = {
@@ -63,7 +65,8 @@ def clip(
         "hidden": {1024: "CLIP ViT-L/14", 1280: "CLIP ViT-H/14", 1664: "CLIP ViT-bigG/14"},
     }
     tower = towers[output].get(width, f"CLIP of width {width}")
-    return Encoder(tower, width, output, -2 if output == "hidden" else None, blank=blank)
+    layer = -2 if output == "hidden" else None
+    return Encoder(tower, width, output, layer, crop=crop, blank=blank)
 
 
 class HostLayer(NamedTuple):
@@ -100,6 +103,18 @@ def _position(name: str) -> tuple[int, ...]:
         raise ValueError(f"{name} is no layer of a UNet")
     numbers = [int(n) for n in re.findall(r"(?<=\.)\d+", name)]
     return (_ORDER[match[1]], *numbers)
+
+
+def indexed(host: Sequence[HostLayer], prefix: str, suffix: str = "") -> dict[str, tuple[str, str]]:
+    """The prefixes that files of IP-Adapters give to the projections of all layers of a host in
+    `checkpoint_order`: ``ip_adapter.7.to_k_ip.`` for the fourth."""
+    return {
+        layer.name: (
+            f"{prefix}{2 * index + 1}.to_k_ip{suffix}.",
+            f"{prefix}{2 * index + 1}.to_v_ip{suffix}.",
+        )
+        for index, layer in enumerate(host)
+    }
 
 
 class KeyValue(nn.Module):
@@ -172,20 +187,22 @@ class ImageAdapter(nn.Module):
         self._check("tokens", embeds)
         dtype = next(self.projector.parameters()).dtype
         tokens: Tensor = self.projector(embeds.to(dtype))
+        if self.encoder.blank == "null":
+            tokens = tokens * embeds.flatten(1).any(1)[:, None, None]
         return tokens
 
     def negative(self, embeds: Tensor) -> Tensor:
         """The encoder output that stands for no image in unconditional rows, shaped like `embeds`.
 
-        Zeros where `encoder.blank` is "zeros" (its tokens are not zero: the projector has a bias).
-        Else the encoder must have seen the blank picture once, its output being kept as
-        `adapter.blank` ([S, width] or [1, S, width]; [width] for embeddings).
+        Zeros where `encoder.blank` is "zeros" (its tokens are not zero: the projector has a bias)
+        or "null" (its tokens are). Else the encoder must have seen the blank picture once, its
+        output being kept as `adapter.blank` ([S, width] or [1, S, width]; [width] for embeddings).
 
         Raises:
             Invalid: another shape; or `adapter.blank` is needed and unset, or does not fit.
         """
         self._check("negative", embeds)
-        if self.encoder.blank == "zeros":
+        if self.encoder.blank in ("zeros", "null"):
             return torch.zeros_like(embeds)
         one = embeds.shape[1:]
         if self.blank is None or self.blank.shape not in (one, (1, *one)):
@@ -212,6 +229,25 @@ class ImageAdapter(nn.Module):
             raise KeyError(f"the {self.kind} adapter has no projections for {layer}")
         key, value = self.pairs[self.names.index(name)](tokens)
         return key, value
+
+    def file_names(
+        self, projector: str, pairs: Mapping[str, tuple[str, str]], prefix: str = ""
+    ) -> dict[str, str]:
+        """What a file calls the weights, by the names of `state_dict`.
+
+        Args:
+            projector: the prefix of the projector in the file.
+            pairs: the prefixes of the key and the value projection in the file, by layer.
+            prefix: of the names of `state_dict`, for an adapter that is part of a module.
+        """
+        names = {k: projector + k.removeprefix("projector.") for k in self.state_dict()}
+        for index, layer in enumerate(self.names):
+            for kind, place in zip(("key", "value"), pairs[layer], strict=True):
+                for leaf in ("weight", "bias"):
+                    name = f"pairs.{index}.{kind}.{leaf}"
+                    if name in names:
+                        names[name] = f"{place}{leaf}"
+        return {prefix + k: v for k, v in names.items()}
 
     def _output(self) -> str:
         index = f"hidden_states[{self.encoder.layer}]"

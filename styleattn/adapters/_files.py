@@ -6,7 +6,7 @@ import os
 import pickle
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import safetensors
 import torch
@@ -115,7 +115,7 @@ def fill(
     *,
     source: str,
     what: str,
-    names: Callable[[str], str] = str,
+    names: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Make the tensors of a file the parameters of a module, if every name and shape is right.
@@ -125,15 +125,16 @@ def fill(
     Args:
         source: the file, for the message.
         what: what it should have been, for the message.
-        names: the file's name of a parameter.
+        names: what the file calls the module's tensors; None: as the module does.
         dtype: of the parameters; None keeps what the file has.
 
     Raises:
         FileRefused: names all tensors that are missing, unexpected, or of another shape.
     """
-    expected = {names(key): value for key, value in module.state_dict().items()}
-    check(tensors, {key: value.shape for key, value in expected.items()}, source, what)
-    state = {key: tensors[names(key)] for key in module.state_dict()}
+    wanted = module.state_dict()
+    places = {key: key for key in wanted} if names is None else names
+    check(tensors, {places[key]: value.shape for key, value in wanted.items()}, source, what)
+    state = {key: tensors[places[key]] for key in wanted}
     if dtype is not None:
         state = {key: value.to(dtype) for key, value in state.items()}
     module.load_state_dict(state, strict=True, assign=True)

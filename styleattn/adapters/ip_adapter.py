@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from styleattn.inversion.files import FileRefused
 
-from ._adapter import Encoder, HostLayer, ImageAdapter, KeyValue, checkpoint_order, clip
+from ._adapter import Encoder, HostLayer, ImageAdapter, KeyValue, checkpoint_order, clip, indexed
 from ._files import Tensors, fill, part, read_tensors, size
 from ._perceiver import resampler_of
 
@@ -92,16 +92,9 @@ def ip_adapter_from(
         pairs = {layer.name: KeyValue(layer.inner, out) for layer in host}
     adapter = ImageAdapter(kind, encoder, projector, pairs)
     what = f"a {kind} IP-Adapter for {len(host)} layers that read {out} channels"
-    fill(adapter, tensors, source=source, what=what, names=_file_name, dtype=dtype)
+    names = adapter.file_names("image_proj.", indexed(host, "ip_adapter."))
+    fill(adapter, tensors, source=source, what=what, names=names, dtype=dtype)
     return adapter
-
-
-def _file_name(name: str) -> str:
-    """``pairs.3.key.weight`` is ``ip_adapter.7.to_k_ip.weight`` in the file."""
-    if name.startswith("projector."):
-        return "image_proj." + name.removeprefix("projector.")
-    _, index, kind, rest = name.split(".")
-    return f"ip_adapter.{2 * int(index) + 1}.to_{kind[0]}_ip.{rest}"
 
 
 def _projector(tensors: Tensors, out: int, source: str) -> tuple[str, Encoder, nn.Module]:
