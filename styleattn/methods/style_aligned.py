@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -15,6 +15,8 @@ from styleattn.references import Layers, Reference, Steps, check_steps
 from styleattn.statistics import TokenStats, adain_affine, token_stats
 
 from ._base import Layer, NormCall, Number, Rows, SelfCall, Settings, log, off
+from ._facts import Facts
+from ._joint import JointCall, Parts, seen_by
 
 _FLAGS = (
     "share_group_norm",
@@ -81,6 +83,12 @@ class StyleAligned(Settings):
 
     name: ClassVar[str] = "style_aligned"
     NUMBERS: ClassVar[tuple[str, ...]] = ("shared_score_scale", "shared_score_shift")
+    facts: ClassVar[Facts] = Facts(
+        paper="Style Aligned Image Generation via Shared Attention, CVPR 2024, arXiv 2312.02133",
+        modality="text, image",
+        route="inversion, attention",
+        needs="prompts; a reference picture, or a prompt to make it from",
+    )
 
     def __post_init__(self) -> None:
         reasons = []
@@ -183,10 +191,7 @@ class StyleAligned(Settings):
             if off(strength):
                 continue
             rows = torch.tensor(call.rows.serving(r))
-            centre = None
-            if key_stats is not None and call.query.dtype in (torch.float16, torch.bfloat16):
-                mean = key_stats.mean.index_select(0, rows.clamp(min=0).to(call.query.device))
-                centre = Affine(torch.ones_like(mean), torch.zeros_like(mean), mean)
+            centre = _centre(key_stats, rows, call.key)
             bias = call.numbers["shared_score_shift"] + log(strength)
             mask = call.masks[r]
             segments.append(
@@ -228,6 +233,63 @@ class StyleAligned(Settings):
                 Segment(call.key, call.value, rows=rows, logit_bias=bias, key_bias=call.key_bias)
             )
         return _attend(call, Branch(tuple(segments)))
+
+    def joint_attention(self, call: JointCall, parts: Parts) -> Parts:
+        """The same among the image tokens of joint attention, after their rotation: every token of
+        a row, text too, sees the image tokens of the row's references. Text keeps its own
+        statistics."""
+        image = parts["image"]
+        own = image.segments["image"]
+        if self.full_attention_share:
+            return {
+                name: part.with_segments(self._whole_batch(call, own, name))
+                for name, part in parts.items()
+            }
+        query_affine, _ = _adain(self.adain_queries, image.query, call)
+        key_affine, key_stats = _adain(self.adain_keys, own.key, call)
+        value_affine, _ = _adain(self.adain_values, own.value, call)
+        changed = {}
+        for name, part in parts.items():
+            part = part.changed("image", key_affine=key_affine, value_affine=value_affine)
+            changed[name] = part.with_segments(
+                self._shared(call, own, key_stats, name) if self.share_attention else {}
+            )
+        changed["image"] = replace(changed["image"], query_affine=query_affine)
+        return changed
+
+    def _shared(
+        self, call: JointCall, own: Segment, stats: TokenStats | None, part: str
+    ) -> dict[str, Segment]:
+        """The references' image tokens, as the queries of a run see them."""
+        found = {}
+        for r, strength in enumerate(call.strengths):
+            if off(strength):
+                continue
+            rows = torch.tensor(call.rows.serving(r))
+            found[f"{self.name} {r}"] = Segment(
+                own.key,
+                own.value,
+                rows=rows,
+                key_affine=_centre(stats, rows, own.key),
+                logit_scale=call.numbers["shared_score_scale"],
+                logit_bias=call.numbers["shared_score_shift"] + seen_by(call, r, part),
+                key_bias=own.key_bias,
+            )
+        return found
+
+    def _whole_batch(self, call: JointCall, own: Segment, part: str) -> dict[str, Segment]:
+        """The image tokens of every other row, for every row."""
+        count = call.rows.count
+        of_reference = {row: r for r, row in enumerate(call.rows.references)}
+        found = {}
+        for s in range(count):
+            r = of_reference.get(s)
+            bias = log(call.gate) if r is None else seen_by(call, r, part)
+            rows = torch.tensor([-1 if b == s else s for b in range(count)])
+            found[f"{self.name} row {s}"] = Segment(
+                own.key, own.value, rows=rows, logit_bias=bias, key_bias=own.key_bias
+            )
+        return found
 
     def group_norm(self, call: NormCall) -> Tensor:
         """GroupNorm with statistics over the image and its references together.
@@ -281,7 +343,9 @@ def _attend(call: SelfCall, branch: Branch) -> Tensor:
     return out
 
 
-def _adain(wanted: bool, x: Tensor, call: SelfCall) -> tuple[Affine | None, TokenStats | None]:
+def _adain(
+    wanted: bool, x: Tensor, call: SelfCall | JointCall
+) -> tuple[Affine | None, TokenStats | None]:
     """AdaIN of every row to its references, the identity on references; and the statistics of x."""
     if not wanted:
         return None, None
@@ -292,6 +356,14 @@ def _adain(wanted: bool, x: Tensor, call: SelfCall) -> tuple[Affine | None, Toke
     scale = torch.where(plain, torch.ones_like(affine.scale), affine.scale)
     shift = torch.where(plain, torch.zeros_like(affine.shift), affine.shift)
     return Affine(scale, shift, own.mean), own
+
+
+def _centre(stats: TokenStats | None, rows: Tensor, key: Tensor) -> Affine | None:
+    """The identity with the means of what it maps: half precision folds lose nothing by it."""
+    if stats is None or key.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    mean = stats.mean.index_select(0, rows.clamp(min=0).to(key.device))
+    return Affine(torch.ones_like(mean), torch.zeros_like(mean), mean)
 
 
 def _aim(own: TokenStats, rows: Rows, strengths: tuple[Number, ...]) -> TokenStats:

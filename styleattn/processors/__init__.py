@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from styleattn.backends import MODULES as BACKENDS
-from styleattn.methods import METHODS, EncoderMethod, Method
+from styleattn.methods import METHODS, EncoderMethod, JointMethod, Method
 from styleattn.references import StyleBank
 
-from . import unet
+from . import flux, unet
 from ._attention import CONTROLLER
 from ._caller import from_layout, unwrapped
 from ._controller import Controller
 from ._explain import Explanation, LayerReport, explanation
 
-HOSTS = (unet,)
-"""One module per host family: `matches`, `plan`, `COMPONENT`, `SUPPORTED`."""
+HOSTS: tuple[Any, ...] = (unet, flux)
+"""One module per host family: `matches`, `plan`, `COMPONENT`, `SUPPORTED`, `TAKES`."""
+
+KINDS = (Method, EncoderMethod, JointMethod)
 
 __all__ = ["Explanation", "Handle", "LayerReport", "apply", "explain", "paused", "remove"]
 
@@ -106,7 +108,7 @@ class Handle:
 
 def apply(
     pipe_or_model: Any,
-    *methods: Method | EncoderMethod,
+    *methods: Method | EncoderMethod | JointMethod,
     bank: StyleBank | None = None,
     backend: str | None = None,
 ) -> Handle:
@@ -118,9 +120,11 @@ def apply(
     inside the denoiser.
 
     Args:
-        pipe_or_model: a pipeline, or its UNet. Pipelines that share it share the style.
+        pipe_or_model: a pipeline, or its UNet or FLUX transformer. Pipelines that share it share
+            the style.
         methods: at least one; on a self-attention layer at most one may be at work, on a
-            cross-attention layer any number.
+            cross-attention layer any number. On FLUX any number whose references are tokens, and
+            one that reads other images of the batch.
         bank: references made ready by `build_bank`.
         backend: of `styleattn.attention`; None for the best that can run.
 
@@ -135,13 +139,15 @@ def apply(
     if not methods:
         raise TypeError(f"apply needs at least one method; there are {', '.join(METHODS)}")
     for method in methods:
-        if isinstance(method, type) or not isinstance(method, (Method, EncoderMethod)):
+        if isinstance(method, type) or not isinstance(method, KINDS):
             got = (
                 f"the class {method.__name__}"
                 if isinstance(method, type)
                 else f"a {type(method).__name__}"
             )
             raise TypeError(f"apply takes methods such as styleattn.StyleAligned(), got {got}")
+        if not isinstance(method, host.TAKES):
+            raise TypeError(f"{method.name} does not work on a {type(model).__name__}")
     if bank is not None and not isinstance(bank, StyleBank):
         raise TypeError(
             f"bank must be a StyleBank (StyleBank.load reads one), got a {type(bank).__name__}"

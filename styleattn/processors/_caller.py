@@ -41,12 +41,13 @@ def unwrapped(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def from_stack(model: torch.nn.Module) -> Caller | None:
-    """The pipeline, or the modular block, whose call is running this denoiser; None when there is
-    none.
+def running(model: torch.nn.Module, component: str) -> tuple[Any, bool, Mapping[str, Any]] | None:
+    """The pipeline, or the modular pipeline's components, whose call is running this denoiser;
+    whether it is modular; and the call's variables. None when there is none.
 
-    Two pipelines may share a UNet (`from_pipe`), and a pipeline knows its guidance only while it
-    runs: so the one that is running is looked up on the stack, by type, not guessed from tensors.
+    Two pipelines may share a denoiser (`from_pipe`), and a pipeline knows its guidance only while
+    it runs: so the one that is running is looked up on the stack, by type, not guessed from
+    tensors.
     """
     frame: FrameType | None = sys._getframe(1)
     for _ in range(_DEPTH):
@@ -59,16 +60,26 @@ def from_stack(model: torch.nn.Module) -> Caller | None:
                 if (
                     owner is not None
                     and not isinstance(owner, torch.nn.Module)
-                    and _runs(owner, model)
+                    and _runs(owner, model, component)
                 ):
-                    return from_modular(owner) if name == "components" else from_pipe(owner, scope)
+                    return owner, name == "components", scope
         frame = frame.f_back
     return None
 
 
-def _runs(owner: Any, model: torch.nn.Module) -> bool:
+def from_stack(model: torch.nn.Module) -> Caller | None:
+    """What the pipeline says whose call is running this UNet; None when there is none."""
+    found = running(model, "unet")
+    if found is None:
+        return None
+    owner, modular, scope = found
+    return from_modular(owner) if modular else from_pipe(owner, scope)
+
+
+def _runs(owner: Any, model: torch.nn.Module, component: str) -> bool:
     parts = getattr(owner, "__dict__", {})
-    return unwrapped(parts.get("unet")) is model and getattr(owner, "scheduler", None) is not None
+    known = unwrapped(parts.get(component)) is model
+    return known and getattr(owner, "scheduler", None) is not None
 
 
 def from_pipe(pipe: Any, scope: Mapping[str, Any] | None = None) -> Caller:

@@ -58,6 +58,9 @@ class Controller:
         prompts: the image prompts of encoder methods.
     """
 
+    ours: tuple[type, ...] = OURS
+    loaded: tuple[type, ...] = LOADED
+
     def __init__(
         self,
         methods: Sequence[Method | EncoderMethod],
@@ -271,7 +274,7 @@ class Controller:
         """Put our processors back where something took them away, once with a warning."""
         for attn, site in self.sites:
             found: Any = attn.processor
-            if type(found) in OURS:
+            if type(found) in self.ours:
                 if found.base is None:
                     found.base = site.base
                 site.base = found.base
@@ -285,9 +288,10 @@ class Controller:
                         " it, unstyled"
                     )
                 continue
+            unloaded = isinstance(site.base, self.loaded) and not isinstance(found, self.loaded)
             site.base, site.note = found, ""
             _put(attn, site.processor(found))
-            if not name.startswith("PAG") and not isinstance(found, LOADED):
+            if not (name.startswith("PAG") or isinstance(found, self.loaded) or unloaded):
                 self.warn(
                     f"attention processors were replaced by {name} after styleattn.apply; the"
                     " style is kept and"
@@ -323,7 +327,7 @@ class Controller:
         ours: dict[int, Any] = {}
         for attn, site in self.sites:
             found: Any = attn.processor
-            if type(found) in OURS:
+            if type(found) in self.ours:
                 ours[id(found)] = site.base if found.base is None else found.base
                 _put(attn, ours[id(found)])
             if getattr(attn, STATE, None) is site:
@@ -333,7 +337,7 @@ class Controller:
         )  # what unfuse_qkv_projections puts back
         if isinstance(kept, dict):
             for name, processor in kept.items():
-                if type(processor) in OURS:
+                if type(processor) in self.ours:
                     kept[name] = processor.base
         for hook in self._hooks:
             hook.remove()

@@ -10,7 +10,6 @@ import torch
 from styleattn.backends import PREFERENCE, reasons_against, resolve
 
 from ._attention import CONTROLLER, STATE
-from ._controller import OURS
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,12 @@ def _attention_row(name: str, attn: Any, controller: Any) -> LayerReport:
     processor = type(attn.processor).__name__
     site = getattr(attn, STATE, None)
     if site is None:
-        kind = "cross-attention" if attn.is_cross_attention else "self-attention"
+        cross = getattr(attn, "is_cross_attention", None)
+        kind = {None: "joint attention", True: "cross-attention"}.get(cross, "self-attention")
         why = kind if controller is None else f"{kind}, not chosen by any method"
         return LayerReport(name, "", processor, "", why)
     method = " + ".join(controller.methods[i].name for i in site.methods)
-    if type(attn.processor) not in OURS:
+    if type(attn.processor) not in controller.ours:
         return LayerReport(
             name,
             "",

@@ -129,7 +129,7 @@ def plain_attention(
         Unsupported: with every reason at once.
     """
     refused = list(reasons)
-    bias, why = _per_key(mask, query, key)
+    bias, why = per_key(mask, query, key)
     refused += why
     if dropout:
         refused.append(f"dropout {dropout}")
@@ -153,7 +153,7 @@ def plain_attention(
     return out, lse[0].reshape(batch, heads, length)
 
 
-def _per_key(
+def per_key(
     mask: Tensor | None, query: Tensor, key: Tensor
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     """A mask as additive biases [S] or [B, S], or why it is not one."""
@@ -282,7 +282,7 @@ def _for_transformers(
     causal = declared if is_causal is None else is_causal
     dense = (
         position_bias is not None
-        or bool(_per_key(attention_mask, query, key)[1])
+        or bool(per_key(attention_mask, query, key)[1])
         or (causal and attention_mask is None and query.shape[2] > 1)
     )
     if dense or dropout or value.shape[-1] != key.shape[-1] or others.get("cache") is not None:

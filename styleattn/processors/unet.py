@@ -21,6 +21,7 @@ from ._prompts import Prompts, prompts_of
 
 SUPPORTED = "UNet2DConditionModel (pipelines of Stable Diffusion 1.x, 2.x and XL)"
 COMPONENT = "unet"
+TAKES = (Method, EncoderMethod)
 
 
 def matches(model: object) -> bool:

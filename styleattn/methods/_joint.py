@@ -1,0 +1,236 @@
+"""What a method is to a host with joint attention: text, image and more under one softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from styleattn.attention import attention
+from styleattn.branch import Affine, Branch, Segment
+from styleattn.references import Layers, Reference, Steps
+
+from ._base import Layer, Number, Rows, log
+
+Rotary = tuple[Tensor, Tensor]
+"""cos and sin [N, D] of every token, the two channels of a pair side by side and alike."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A run of tokens of a joint attention layer.
+
+    Args:
+        name: "text", "image", "reference" (a picture in context), or the name of a run that a
+            method added.
+        query, key, value: [B, H, N, D], normalised, not yet rotated.
+        rotary: their positions, or None.
+        key_bias: [N] or [B, N] additive on the logits of the keys, or None.
+    """
+
+    name: str
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rotary: Rotary | None = None
+    key_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """The queries of one run of tokens and the keys that they see, in one softmax.
+
+    Args:
+        query: [B, H, N, D], rotated.
+        segments: by the name of the run that they are.
+        query_affine: folded map of the queries.
+    """
+
+    query: Tensor
+    segments: Mapping[str, Segment]
+    query_affine: Affine | None = None
+
+    def changed(self, name: str, **changes: Any) -> Part:
+        """The same with a segment changed."""
+        segment = replace(self.segments[name], **changes)
+        return replace(self, segments={**self.segments, name: segment})
+
+    def with_segments(self, more: Mapping[str, Segment]) -> Part:
+        """The same with further segments."""
+        return replace(self, segments={**self.segments, **more})
+
+
+Parts = Mapping[str, Part]
+"""A layer's whole attention: its parts by the name of their run, in the order of the sequence."""
+
+
+@dataclass(frozen=True)
+class JointCall:
+    """One call of a joint attention layer, as one method sees it.
+
+    Args:
+        layer: its name and place among the joint attention layers.
+        tokens: the runs by name, in the order of the sequence.
+        rows: what the rows are.
+        strengths: effective weight of every reference here and now: a number, or a 0-dim tensor
+            under a compiler.
+        gate: the method's own weight here and now, without those of the references.
+        numbers: the method's `NUMBERS`, as numbers or 0-dim tensors.
+        masks: per reference [N], the share of it that each image token may see, or None.
+        runs: per reference the name of the run that carries it, or None for one that is a row.
+        serves: per reference the rows [B] of its run (-1: the row does not see it), or None.
+        time: noise level of the step in [0, 1], where the method asked for it.
+        backend: a name, or None for the best that can run.
+    """
+
+    layer: Layer
+    tokens: Mapping[str, Tokens]
+    rows: Rows
+    strengths: tuple[Number, ...]
+    gate: Number
+    numbers: Mapping[str, Number]
+    masks: tuple[Tensor | None, ...]
+    runs: tuple[str | None, ...] = ()
+    serves: tuple[Tensor | None, ...] = ()
+    time: Number = 1.0
+    backend: str | None = None
+
+
+@runtime_checkable
+class JointMethod(Protocol):
+    """What a host asks of a method on joint attention."""
+
+    name: ClassVar[str]
+    NUMBERS: ClassVar[tuple[str, ...]]
+
+    @property
+    def layers(self) -> Layers: ...
+    @property
+    def steps(self) -> Steps: ...
+    @property
+    def references(self) -> tuple[Reference, ...] | None: ...
+    def takes(self, layer: Layer) -> bool:
+        """Whether the method changes the layer."""
+        ...
+
+    def joint_attention(self, call: JointCall, parts: Parts) -> Parts:
+        """The layer's attention with the method in it; methods work on it in turn."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain data, with the method's name."""
+        ...
+
+
+@runtime_checkable
+class ContextMethod(JointMethod, Protocol):
+    """A joint method whose references are tokens next to the text, not rows of the batch."""
+
+    def context(self, embeds: Tensor) -> Tensor:
+        """The tokens [P, M, C] of a reference's embeddings: made once."""
+        ...
+
+    def weighed(self, tokens: Tensor, strength: Number) -> Tensor:
+        """The tokens as they enter the model at a strength."""
+        ...
+
+
+def rotated(x: Tensor, rotary: Rotary | None) -> Tensor:
+    """Rotary positions: every pair of channels turned by its angle.
+
+        y_2i = x_2i cos - x_2i+1 sin        y_2i+1 = x_2i+1 cos + x_2i sin
+
+    Args:
+        x: [B, H, N, D]; computed in fp32 (fp64 stays), returned in its dtype.
+
+    Source: Su et al., RoFormer, arXiv 2104.09864, eq. 34; the pairs are neighbours, as in FLUX.
+    """
+    if rotary is None:
+        return x
+    cos, sin = rotary
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((-odd, even), -1).flatten(-2)
+    return (wide * cos + turned * sin).to(x.dtype)
+
+
+def plain_parts(tokens: Mapping[str, Tokens]) -> dict[str, Part]:
+    """A layer as the model has it: every token sees every token."""
+    segments = {
+        name: Segment(rotated(t.key, t.rotary), t.value, key_bias=t.key_bias)
+        for name, t in tokens.items()
+    }
+    return {name: Part(rotated(t.query, t.rotary), segments) for name, t in tokens.items()}
+
+
+def attend(parts: Parts, backend: str | None) -> Tensor:
+    """The layer's output [B, H, sum N, D]: one call of the operation for neighbours that differ in
+    biases only."""
+    runs: list[list[Part]] = []
+    for part in parts.values():
+        if runs and _together(runs[-1][-1], part):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    outs: list[Tensor] = []
+    for run in runs:
+        query = run[0].query if len(run) == 1 else torch.cat([p.query for p in run], 2)
+        branch = Branch(_joined(run), query_affine=run[0].query_affine)
+        out = attention(query, (branch,), backend=backend)
+        assert isinstance(out, Tensor)
+        outs.append(out)
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+
+def _together(a: Part, b: Part) -> bool:
+    """Whether two parts see the same keys, but for biases."""
+    if a.query_affine is not None or b.query_affine is not None or [*a.segments] != [*b.segments]:
+        return False
+    return all(_alike(a.segments[n], b.segments[n]) for n in a.segments)
+
+
+def _alike(a: Segment, b: Segment) -> bool:
+    names = ("key", "value", "rows", "key_affine", "value_affine", "key_bias", "logit_scale")
+    pairs = [(getattr(a, n), getattr(b, n)) for n in names]
+    return all(x is y or (isinstance(x, float) and x == y) for x, y in pairs)
+
+
+def _joined(run: Sequence[Part]) -> tuple[Segment, ...]:
+    """The segments that the queries of all parts see together."""
+    found = []
+    for name, segment in run[0].segments.items():
+        biases = [p.segments[name].logit_bias for p in run]
+        if not all(_same(b, biases[0]) for b in biases):
+            wide = [_per_query(b, p.query) for b, p in zip(biases, run, strict=True)]
+            segment = replace(segment, logit_bias=torch.cat(wide, 1))
+        found.append(segment)
+    return tuple(found)
+
+
+def _same(a: Number, b: Number) -> bool:
+    """Whether one bias does for the queries of both, as far as is known without looking."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b and isinstance(a, Tensor) and a.ndim < 2
+    return a == b
+
+
+def _per_query(bias: Number, query: Tensor) -> Tensor:
+    """A bias as [B, N]."""
+    wide = torch.as_tensor(bias, dtype=torch.float32, device=query.device)
+    return (wide[:, None] if wide.ndim == 1 else wide).expand(query.shape[0], query.shape[2])
+
+
+def seen_by(call: JointCall, reference: int, part: str) -> Number:
+    """log of what the queries of a run see of a reference: its strength, times its mask.
+
+    An image token has its own share of the mask, any other token, which has no place, the mean.
+    """
+    strength, mask = log(call.strengths[reference]), call.masks[reference]
+    if mask is None:
+        return strength
+    share = torch.log(mask if part == "image" else mask.mean().reshape(1))
+    query = call.tokens[part].query
+    return (strength + share).expand(query.shape[0], query.shape[2])

@@ -1,0 +1,351 @@
+"""The state of a styled FLUX transformer: rows, runs of tokens, schedules, and tokens that methods
+bring."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from torch import Tensor
+
+from styleattn.methods import Rows
+from styleattn.methods._base import Number, off
+from styleattn.methods._joint import ContextMethod, JointCall, JointMethod, Tokens
+from styleattn.references import Reference
+
+from . import _caller
+from ._caller import Caller
+from ._controller import Controller, Now
+from ._flux_attention import OURS, JointSite
+
+PARAMETERS = tuple(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
+RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
+
+
+@dataclass(frozen=True)
+class FluxNow(Now):
+    """What holds during the running call, on FLUX.
+
+    Args:
+        lengths: tokens of every run, in the order of the sequence.
+        runs: per method and reference, the name of the run that carries it.
+        places: [N, 2] row and column of every image token.
+        time: the noise level, 1 to 0.
+    """
+
+    lengths: Mapping[str, int] | None = None
+    runs: tuple[tuple[str | None, ...], ...] = ()
+    places: Tensor | None = None
+    time: Number = 1.0
+
+
+class FluxController(Controller):
+    """Styles one FLUX transformer.
+
+    Args:
+        methods, references, backend, pipe: as for any controller.
+        contexts: per method, the tokens [P, M, C] of every reference; empty for methods whose
+            references are rows.
+    """
+
+    ours = OURS
+    loaded = (FluxIPAdapterAttnProcessor,)
+
+    def __init__(
+        self,
+        methods: Sequence[JointMethod],
+        references: Sequence[tuple[Reference, ...]],
+        contexts: Sequence[tuple[Tensor, ...]],
+        backend: str | None,
+        pipe: Any = None,
+    ):
+        super().__init__(methods, references, None, backend, pipe)  # type: ignore[arg-type]
+        self.contexts = list(contexts)
+        in_batch = [
+            len(r)
+            for m, r in zip(methods, references, strict=True)
+            if not isinstance(m, ContextMethod)
+        ]
+        self.wanted = max(in_batch, default=0)
+        self.control = any(getattr(m, "control_reference", True) for m in methods)
+        self._known_ids: tuple[Any, int, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_known_ids": None}
+
+    # What the processors ask
+
+    def works(self, site: JointSite) -> bool:
+        """Whether a method is at work on a layer; if not it is left as it was."""
+        now = self.now
+        if not isinstance(now, FluxNow) or self.resting:
+            return False
+        return any(self._active(entry, now) for entry in site.entries)
+
+    def _active(self, entry: Any, now: FluxNow) -> bool:
+        if self.contexts[entry.method]:  # tokens in the sequence: even to be ignored
+            return any(now.runs[entry.method])
+        gate, strengths = self.strengths(entry, now)
+        return now.rows.count > 1 and not off(gate) and not all(off(s) for s in strengths)
+
+    def runs(self) -> Mapping[str, int]:
+        """Tokens of every run, in the order of the sequence."""
+        return self._running().lengths or {}
+
+    def _running(self) -> FluxNow:
+        if not isinstance(self.now, FluxNow):
+            raise RuntimeError("styleattn: an attention layer was called outside its transformer")
+        return self.now
+
+    def joint_calls(
+        self, site: JointSite, tokens: Mapping[str, Tokens]
+    ) -> Iterator[tuple[JointMethod, JointCall]]:
+        """What every method of a layer is asked now."""
+        now = self._running()
+        device = tokens["image"].query.device
+        for entry in site.entries:
+            if not self._active(entry, now):
+                continue
+            index = entry.method
+            method, references = self.methods[index], self.references[index]
+            gate, strengths = self.strengths(entry, now)
+            context = bool(self.contexts[index])
+            rows = now.rows.references[: 0 if context else len(references)]
+            yield (
+                method,
+                JointCall(
+                    site.layer,
+                    tokens,
+                    replace(now.rows, references=rows),
+                    strengths,
+                    gate,
+                    self.numbers_of(index),
+                    tuple(
+                        None if r.mask is None else self.share(r.mask, device) for r in references
+                    ),
+                    now.runs[index],
+                    tuple(_served(r, now) for r in references) if context else (),
+                    now.time,
+                    self.backend,
+                ),
+            )
+
+    def share(self, mask: Tensor, device: torch.device) -> Tensor:
+        """[N]: the mean of a mask [h, w] under every image token, wherever the token is; without
+        leaving the device."""
+        places = self._running().places
+        if places is None:
+            raise RuntimeError("styleattn: a mask needs the positions of the image tokens")
+        mask, places = mask.to(device, torch.float32), places.to(device)
+        size = places.amax(0) + 1
+        extent = torch.tensor(mask.shape, device=device)
+        low = places * extent // size
+        high = -(-(places + 1) * extent // size)
+        table = torch.nn.functional.pad(mask.double().cumsum(0).cumsum(1), (1, 0, 1, 0))
+
+        def corner(y: Tensor, x: Tensor) -> Tensor:
+            return table[y, x]
+
+        inside = (
+            corner(high[:, 0], high[:, 1])
+            - corner(low[:, 0], high[:, 1])
+            - corner(high[:, 0], low[:, 1])
+            + corner(low[:, 0], low[:, 1])
+        )
+        area = (high - low).prod(1)
+        return (inside / area).clamp(0.0, 1.0).float()
+
+    # The hooks around the transformer
+
+    def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook: who is who in this call, how strong, and the tokens of methods."""
+        self.now = None
+        if self.resting:
+            return None
+        if not torch.compiler.is_compiling():
+            self.keep()
+        inputs = {**dict(zip(PARAMETERS, args, strict=False)), **kwargs}
+        text = inputs["encoder_hidden_states"]
+        caller, level = self._caller(module, inputs["timestep"], text)
+        image, batch = inputs["hidden_states"], inputs["hidden_states"].shape[0]
+        gates, weights = self._schedule(level, caller)
+        each = caller.images_per_prompt
+        references = caller.references or tuple(r * each for r in range(self.wanted))
+        self._check_rows(references, self.wanted, batch)
+        rows = Rows(1, batch, references, caller.unconditional)
+        if references and not self.control:
+            inputs = _without_control(inputs, references, batch)
+        ids = inputs["img_ids"]
+        made = self._generated(ids, image.shape[1])
+        ids = ids[0] if ids.ndim == 3 else ids
+        lengths = {"text": text.shape[1]}
+        inputs, runs = self._extend(inputs, lengths, gates, weights, rows, each)
+        lengths["image"] = made
+        if made != image.shape[1]:
+            lengths["reference"] = image.shape[1] - made
+        self.now = FluxNow(
+            rows,
+            gates,
+            weights,
+            (0, 0),
+            0,
+            each,
+            lengths,
+            runs,
+            ids[:made, 1:].long(),
+            level / 1000,
+        )
+        return (), inputs
+
+    def _schedule(self, timestep: Any, caller: Caller) -> Any:
+        """Weights at this step; those that are neither 0 nor 1 as tensors, so that compiled blocks
+        do not take them for constants."""
+        gates, weights = super()._schedule(timestep, caller)
+        return tuple(map(_varying, gates)), tuple(tuple(map(_varying, w)) for w in weights)
+
+    def after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """Forward hook."""
+        self.now = None
+
+    def _caller(self, module: Any, timestep: Any, text: Tensor) -> tuple[Caller, Any]:
+        """Who calls, and the noise level as the scheduler has it (0 to 1000)."""
+        caller, exact = self.explicit, None
+        if caller is None and torch.compiler.is_compiling():
+            pipe = None if self.pipe is None else self.pipe()
+            caller = Caller(1, 1, (False,), None if pipe is None else pipe.scheduler.timesteps)
+            if any(self.contexts):
+                raise RuntimeError(
+                    "styleattn: within a compiled transformer it is unknown which of true CFG's two"
+                    " calls runs; compile its blocks (compile_repeated_blocks), or call it within"
+                    " `with handle.layout(1)`"
+                )
+        elif caller is None:
+            found = _caller.running(module, "transformer")
+            caller = Caller(1, 1, (False,), None)
+            if found is not None:
+                caller, exact = _from_running(*found, text)
+        value = torch.as_tensor(timestep).reshape(-1)[0] * 1000
+        if exact is not None:
+            return caller, exact
+        if caller.timesteps is not None and len(caller.timesteps):
+            levels = caller.timesteps.to(value.device)
+            nearest = (levels - value).abs().argmin().reshape(1)
+            value = levels.index_select(0, nearest)[0]
+        return caller, value
+
+    def _generated(self, ids: Tensor, tokens: int) -> int:
+        """How many of the image tokens are generated; the rest are pictures in context, whose ids
+        start with another number than 0."""
+        if torch.compiler.is_compiling():
+            pipe = None if self.pipe is None else self.pipe()
+            if pipe is not None and "Kontext" in type(pipe).__name__:
+                raise RuntimeError(
+                    "styleattn: within a compiled transformer the tokens of a picture in context"
+                    " are unknown; compile its blocks (compile_repeated_blocks)"
+                )
+            return tokens
+        known = self._known_ids
+        if known is None or known[0]() is not ids or known[1] != ids._version:
+            flat = ids[0] if ids.ndim == 3 else ids
+            count = int((flat[:, 0] == 0).sum())
+            self._known_ids = known = (weakref.ref(ids), ids._version, count)
+        return known[2]
+
+    def _extend(
+        self,
+        inputs: dict[str, Any],
+        lengths: dict[str, int],
+        gates: tuple[Number, ...],
+        weights: tuple[tuple[Number, ...], ...],
+        rows: Rows,
+        each: int,
+    ) -> tuple[dict[str, Any], tuple[tuple[str | None, ...], ...]]:
+        """The call with the tokens of context methods behind the text: of references that can be
+        seen at this step, and not in the unconditional call."""
+        text, ids = inputs["encoder_hidden_states"], inputs["txt_ids"]
+        more, runs = [], []
+        for i, contexts in enumerate(self.contexts):
+            names: list[str | None] = [None] * len(self.references[i])
+            for r, tokens in enumerate(contexts):
+                weight = self.references[i][r].weight
+                strength = 0.0 if off(gates[i]) or off(weights[i][r]) or off(weight) else 1.0
+                if rows.unconditional[0] or off(strength):
+                    continue
+                found = tokens.to(text.device, text.dtype)
+                found = self.methods[i].weighed(found, weight * gates[i] * weights[i][r])
+                more.append(_spread(found, rows.count, each, self.methods[i].name))
+                names[r] = f"{self.methods[i].name} {i}.{r}"
+                lengths[names[r]] = tokens.shape[1]  # type: ignore[index]
+            runs.append(tuple(names))
+        if not more:
+            return inputs, tuple(runs)
+        further = ids.new_zeros(*ids.shape[:-2], sum(m.shape[1] for m in more), ids.shape[-1])
+        return {
+            **inputs,
+            "encoder_hidden_states": torch.cat([text, *more], 1),
+            "txt_ids": torch.cat([ids, further], -2),
+        }, tuple(runs)
+
+
+def _varying(weight: Number) -> Number:
+    fixed = isinstance(weight, Tensor) or weight in (0.0, 1.0)
+    return weight if fixed else torch.tensor(weight, dtype=torch.float32)
+
+
+def _from_running(
+    owner: Any, modular: bool, scope: Mapping[str, Any], text: Tensor
+) -> tuple[Caller, Any]:
+    """What a running pipeline says, and the noise level of its loop."""
+    if modular:
+        return _caller.from_modular(owner), None
+    images = scope.get("num_images_per_prompt")
+    images = images if isinstance(images, int) and images > 0 else 1
+    negative = scope.get("negative_prompt_embeds")
+    timesteps = getattr(owner.scheduler, "timesteps", None)
+    return Caller(1, images, (text is negative,), timesteps), scope.get("t")
+
+
+def _served(reference: Reference, now: FluxNow) -> Tensor | None:
+    """The rows of a reference's run, one for every row of the call; -1 where it is not seen."""
+    if reference.prompts is None:
+        return None
+    rows = range(now.rows.count)
+    return torch.tensor([b if b // now.each in reference.prompts else -1 for b in rows])
+
+
+def _spread(tokens: Tensor, batch: int, each: int, name: str) -> Tensor:
+    """[B, M, C]: tokens of one picture, or of one per prompt, for every row.
+
+    Raises:
+        ValueError: another number of pictures.
+    """
+    if tokens.shape[0] == 1:
+        return tokens.expand(batch, -1, -1)
+    if tokens.shape[0] * each != batch:
+        raise ValueError(
+            f"{name}: embeddings of {tokens.shape[0]} pictures for {batch // each} prompts; give"
+            " one picture, or one per prompt"
+        )
+    return tokens.repeat_interleave(each, 0)
+
+
+def _without_control(
+    inputs: dict[str, Any], references: Sequence[int], batch: int
+) -> dict[str, Any]:
+    """The call with ControlNet's residuals taken off the reference rows."""
+    inputs = dict(inputs)
+    for name in RESIDUALS:
+        given = inputs.get(name)
+        if given is None:
+            continue
+        mine = torch.tensor([b in references for b in range(batch)], device=given[0].device)
+        inputs[name] = type(given)(
+            x.masked_fill(mine[:, None, None], 0.0) if x.shape[0] == batch else x for x in given
+        )
+    return inputs

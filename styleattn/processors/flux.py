@@ -1,0 +1,159 @@
+"""The FLUX.1 host: joint attention of double and single blocks. What a style needs of the model,
+checked before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from torch import Tensor
+
+from styleattn.methods import Layer
+from styleattn.methods._joint import ContextMethod, JointMethod
+from styleattn.references import Reference, StyleBank
+
+from ._attention import STATE
+from ._cross import Entry
+from ._flux_attention import OURS, REPLACEABLE, FluxStyleProcessor, JointSite
+from ._flux_controller import FluxController
+from ._layers import layer_weights
+
+SUPPORTED = "FluxTransformer2DModel (pipelines of FLUX.1)"
+COMPONENT = "transformer"
+TAKES = (JointMethod,)
+
+
+def matches(model: object) -> bool:
+    """Whether this host can style the model."""
+    return isinstance(model, FluxTransformer2DModel)
+
+
+def joint_attention_layers(model: FluxTransformer2DModel) -> dict[str, FluxAttention]:
+    """The joint attention modules by path: double blocks, then single blocks."""
+    names = [name.removesuffix(".processor") for name in model.attn_processors]
+    found = {name: model.get_submodule(name) for name in names}
+    return {name: attn for name, attn in found.items() if isinstance(attn, FluxAttention)}
+
+
+def plan(
+    model: FluxTransformer2DModel,
+    methods: Sequence[JointMethod],
+    bank: StyleBank | None,
+    backend: str | None,
+    pipe: Any,
+) -> FluxController:
+    """Everything that will be installed; touches nothing.
+
+    Raises:
+        ValueError: layers or references that do not fit the model, a bank, or methods that exclude
+            each other on a layer.
+        TypeError: attention processors that compute something of their own.
+    """
+    if bank is not None:
+        raise ValueError(
+            "banks hold the trajectories of UNets; on FLUX the references are the call's first"
+            " prompts, or come with the method"
+        )
+    references = [_references(m) for m in methods]
+    contexts = [_contexts(m, r, model) for m, r in zip(methods, references, strict=True)]
+    controller = FluxController(methods, references, contexts, backend, pipe)
+    layers = joint_attention_layers(model)
+    for i, method in enumerate(methods):
+        gates = layer_weights(method.layers, list(layers))
+        weights = [layer_weights(r.layers, list(layers)) for r in references[i]]
+        context = isinstance(method, ContextMethod)
+        for index, (name, attn) in enumerate(layers.items()):
+            layer = Layer(name, index, len(layers))
+            mine = tuple(r.weight * w[name] for r, w in zip(references[i], weights, strict=True))
+            chosen = gates[name] and any(mine) and method.takes(layer)
+            if chosen or context:  # tokens in the sequence: layers that are not chosen ignore them
+                entry = Entry(i, gates[name] if chosen else 0.0, mine)
+                _add(controller, layer, attn, entry)
+    return controller
+
+
+def _add(controller: FluxController, layer: Layer, attn: FluxAttention, entry: Entry) -> None:
+    """A method on a layer: any number whose references are tokens, at most one whose references
+    are rows."""
+    site: Any = next((s for a, s in controller.sites if a is attn), None)
+    if site is None:
+        site = JointSite(controller, layer, [], _base(layer.name, attn))
+        controller.sites.append((attn, site))
+    if not controller.contexts[entry.method]:
+        others = [e.method for e in site.entries if not controller.contexts[e.method]]
+        if others:
+            names = [controller.methods[i].name for i in (*others, entry.method)]
+            raise ValueError(
+                f"{layer.name} is taken by {' and '.join(names)}: methods that read other images of"
+                " the batch exclude each other on a layer; give them separate `layers`"
+            )
+    site.entries.append(entry)
+
+
+def _base(name: str, attn: Any) -> Any:
+    """The processor that a layer would have without us."""
+    found: Any = attn.processor
+    if type(found) in OURS:
+        site = getattr(attn, STATE, None)
+        found = found.base or (site.base if site is not None else FluxAttnProcessor())
+    if type(found) not in REPLACEABLE:
+        raise TypeError(
+            f"{name} has a {type(found).__name__}, which computes something of its own; styleattn"
+            f" stands in for {', '.join(t.__name__ for t in REPLACEABLE)}"
+        )
+    return found
+
+
+def _references(method: JointMethod) -> tuple[Reference, ...]:
+    """The references of a method: its own, or one plain one."""
+    own = method.references
+    context = isinstance(method, ContextMethod)
+    for r in own or ():
+        if r.image is not None or r.latents is not None or (r.embeds is not None) != context:
+            raise ValueError(
+                f"{method.name}: a Reference needs embeds"
+                if context
+                else f"{method.name} on FLUX takes its references from the call's first prompts; a"
+                " Reference with a picture, latents or embeds is not supported"
+            )
+    if context and not own:
+        raise ValueError(f"{method.name} needs references, each with embeds")
+    return own or (Reference(),)
+
+
+def _contexts(
+    method: JointMethod, references: Sequence[Reference], model: FluxTransformer2DModel
+) -> tuple[Tensor, ...]:
+    """The tokens of every reference of a context method."""
+    if not isinstance(method, ContextMethod):
+        return ()
+    config: Any = model.config
+    found = []
+    for r in references:
+        tokens = method.context(r.embeds)  # type: ignore[arg-type]
+        if tokens.shape[-1] != config.joint_attention_dim:
+            raise ValueError(
+                f"{method.name}: embeds are {tokens.shape[-1]} wide, the model's prompts"
+                f" {config.joint_attention_dim}"
+            )
+        found.append(tokens)
+    return tuple(found)
+
+
+def _register_metadata() -> None:
+    """Tell diffusers' layer skipping what skipping our processor returns: as for its own."""
+    try:
+        from diffusers.hooks import _helpers as helpers
+
+        registry = helpers.AttentionProcessorRegistry
+        for ours in OURS:
+            registry.register(ours, registry.get(FluxAttnProcessor))
+    except (ImportError, AttributeError, ValueError):  # a later diffusers may move it
+        return
+
+
+_register_metadata()
+
+__all__ = ["FluxStyleProcessor", "joint_attention_layers", "matches", "plan"]
