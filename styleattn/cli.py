@@ -40,6 +40,12 @@ References = Annotated[
 ReferencePrompts = Annotated[
     list[str] | None, typer.Option(help="What the reference shows; one for each, or one for all.")
 ]
+Contents = Annotated[
+    list[str] | None, typer.Option(help="The picture to restyle (style_id and others); repeat.")
+]
+ContentPrompts = Annotated[
+    list[str] | None, typer.Option(help="What the content shows; one for each, or one for all.")
+]
 Weights = Annotated[list[float] | None, typer.Option(help="Of the reference; one for each.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Size = Annotated[int | None, typer.Option(help="Pixels; the model's own size if not given.")]
@@ -134,6 +140,8 @@ def stylize(
     reference: References = None,
     reference_prompt: ReferencePrompts = None,
     reference_weight: Weights = None,
+    content: Contents = None,
+    content_prompt: ContentPrompts = None,
     prompts: Annotated[str | None, typer.Option(help="A text file, one prompt a line.")] = None,
     out: Annotated[str | None, typer.Option(help="The folder that is written.")] = None,
     bank: Annotated[str | None, typer.Option(help="A bank, in place of --reference.")] = None,
@@ -162,33 +170,28 @@ def stylize(
     scheduler: Annotated[str | None, typer.Option(help="ddim, or pipeline: the model's.")] = None,
     offload: Annotated[bool | None, typer.Option(help="Keep only what computes there.")] = None,
 ) -> None:
-    """Make a picture per prompt in the style of a reference picture."""
+    """Make a picture per prompt, or of every content picture, in the style of a reference."""
     given = {name: value for name, value in locals().items() if name not in ("config", "set_")}
     from styleattn.pipelines.settings import Refused, merged
 
     started = time.perf_counter()
     options = merged(given, config)
-    for name in ("prompts", "out"):
-        if options[name] is None:
-            raise Refused(f"--{name} is missing")
+    if options["out"] is None:
+        raise Refused("--out is missing")
     _run_stylize(options, set_ or [], started)
 
 
 def _run_stylize(options: Mapping[str, Any], knobs: Sequence[str], started: float) -> None:
-    from styleattn.inversion import read_picture
-    from styleattn.pipelines import Inversion, Job, Sampling, Source, run_folder
-    from styleattn.pipelines.settings import read_prompts, sources_of, styled_method
+    from styleattn.pipelines import Inversion, Job, Sampling, run_folder
+    from styleattn.pipelines.settings import pictures_of, prompts_of, styled_method
     from styleattn.references import StyleBank
 
-    prompts = read_prompts(Path(options["prompts"]))
-    sources = [
-        Source(None if path is None else read_picture(path), prompt, weight)
-        for path, prompt, weight in sources_of(options)
-    ]
+    method = styled_method(options, knobs)
+    sources, contents = pictures_of(options)
     bank = None if options["bank"] is None else StyleBank.load(options["bank"])
     job = Job(
-        prompts=prompts,
-        method=styled_method(options, knobs),
+        prompts=prompts_of(options, len(contents)),
+        method=method,
         sampling=Sampling(
             options["steps"],
             float(options["guidance"]),
@@ -211,13 +214,14 @@ def _run_stylize(options: Mapping[str, Any], knobs: Sequence[str], started: floa
             job,
             Path(options["out"]),
             sources=sources,
+            contents=contents,
             bank=bank,
             progress=report,
             started=started,
         )
     made = sum(not picture["found"] for picture in manifest["pictures"])
     seconds = manifest["seconds"]["all"]
-    print(f"{made} of {len(prompts)} pictures made in {seconds:.1f} s: {options['out']}")
+    print(f"{made} of {len(job.prompts)} pictures made in {seconds:.1f} s: {options['out']}")
 
 
 @app.command()
@@ -238,18 +242,24 @@ def demo(
 
 @app.command()
 def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """List the methods and their knobs."""
+    """List the methods: what each is, what it needs, and its knobs."""
     from styleattn.methods import METHODS
+    from styleattn.pipelines.recipes import RECIPES
 
     knobs = {name: cls().to_dict() for name, cls in METHODS.items()}
+    facts = {name: cls.facts.to_dict() for name, cls in METHODS.items()}
     if as_json:
-        print(json.dumps(knobs, indent=2))
+        both = {n: {**knobs[n], "facts": {**facts[n], "stylize": n in RECIPES}} for n in METHODS}
+        print(json.dumps(both, indent=2))
         return
     for name, cls in METHODS.items():
         print(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
+        for fact, text in facts[name].items():
+            print(f"    {fact}: {text}")
+        print(f"    command line: {'stylize' if name in RECIPES else 'explain'}")
         for knob, value in knobs[name].items():
             if knob != "method":
-                print(f"    {knob} = {json.dumps(value)}")
+                print(f"    --set {knob}={json.dumps(value)}")
 
 
 @app.command()

@@ -92,7 +92,7 @@ def test_resumes_after_a_kill(model, work, capsys):
     program = (
         "import os, signal\n"
         "from styleattn import cli\n"
-        "from styleattn.pipelines import folder\n"
+        "from styleattn.pipelines import drawing as folder\n"
         "make, made = folder.generate, []\n"
         "def dies(pipe, *args, **kwargs):\n"
         "    def die(step, steps):\n"
@@ -117,7 +117,7 @@ def test_resumes_after_a_kill(model, work, capsys):
 
 
 def test_an_interrupt(model, work, capsys, monkeypatch):
-    import styleattn.pipelines.folder as folder
+    import styleattn.pipelines.drawing as folder
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -264,9 +264,13 @@ def test_a_missing_embedded_model(work, capsys, monkeypatch):
 def test_methods(capsys):
     assert cli.main(["methods"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("style_aligned: ") and "shared_score_shift = 0.0" in text
+    assert text.startswith("style_aligned: ") and "--set shared_score_shift=0.0" in text
+    assert "paper: Style Injection in Diffusion" in text and "command line: stylize" in text
     assert cli.main(["methods", "--json"]) == 0
-    assert "style_aligned" in json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)
+    assert found["style_id"]["facts"]["stylize"] and found["style_id"]["gamma"] == 0.75
+    facts = ("paper", "modality", "route", "needs", "weights", "shots", "hosts")
+    assert all(method["facts"][fact] for method in found.values() for fact in facts)
 
 
 def test_explain(model, capsys):
@@ -441,7 +445,7 @@ def test_without_diffusers(model, work):
 def test_out_of_memory(model, work, capsys, monkeypatch):
     import torch
 
-    import styleattn.pipelines.folder as folder
+    import styleattn.pipelines.drawing as folder
 
     def too_much(*args, **kwargs):
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
@@ -451,7 +455,7 @@ def test_out_of_memory(model, work, capsys, monkeypatch):
 
 
 def test_our_own_faults_are_not_hidden(model, work, monkeypatch):
-    import styleattn.pipelines.folder as folder
+    import styleattn.pipelines.drawing as folder
 
     def bug(*args, **kwargs):
         raise AttributeError("a bug")

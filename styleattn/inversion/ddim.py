@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 Epsilon = Callable[[Tensor, int], Tensor]
-LABELS = ("paper", "consistent")
+LABELS = ("paper", "consistent", "style_id")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 MIN_ALPHA = (
     2.0**-24
@@ -95,7 +95,9 @@ def inversion_plan(
     The move that ends at the level of timestep t starts at the level of the timestep before it
     (``final_alpha`` for the first). With labels "paper" the model is asked at t, one step noisier
     than the latent that it sees; with "consistent" it is asked at the timestep whose level the
-    latent has.
+    latent has. With "style_id" every latent counts as having the level of the timestep that the
+    model is asked at, the data that of the first, and the last move ends at the noise schedule's
+    very end, as StyleID's code does it (arXiv 2312.09008).
 
     Args:
         timesteps: ascending integers.
@@ -117,6 +119,9 @@ def inversion_plan(
             f"timesteps must lie in 0..{len(alphas_cumprod) - 1}, got {order[0]}..{order[-1]}"
         )
     alphas = levels(order, alphas_cumprod, final_alpha)
+    if labels == "style_id":
+        ends = [*alphas[1:-1], max(float(alphas_cumprod[-1]), MIN_ALPHA)]
+        return [Move(*parts) for parts in zip(order, alphas[:-1], ends, strict=True)]
     sources = [float(final_alpha), *alphas[:-2]]
     seen = order if labels == "paper" else [0, *order[:-1]]
     return [Move(*parts) for parts in zip(seen, sources, alphas[:-1], strict=True)]

@@ -64,7 +64,8 @@ def ddim_invert(
 
     For ascending timesteps: x ← √ᾱ_t·(x - √(1-ᾱ_prev)·ε)/√ᾱ_prev + √(1-ᾱ_t)·ε, with ε of the UNet
         under classifier-free guidance,
-    at label t ("paper") or at the label of the latent's own level ("consistent"). Where the first
+    at label t ("paper") or at the label of the latent's own level ("consistent"); "style_id" is the
+    schedule of StyleID's code (:func:`_shown`). Where the first
     timestep is 0 and the scheduler has ``set_alpha_to_one=False`` the first step is the identity.
 
     Args:
@@ -75,7 +76,7 @@ def ddim_invert(
         prompt: what the picture shows.
         num_inference_steps: of the scheduler; use the same number for sampling.
         guidance_scale: 1 computes no unconditional row.
-        labels: "paper" or "consistent".
+        labels: "paper", "consistent" or "style_id".
         height, width: pixels that the picture is fitted to; the pipeline's own size if None.
             Latents bring their own.
         round_trip: also sample back with DDIM from z_T and note ‖z_0' - z_0‖ / ‖z_0‖ (as many UNet
@@ -110,7 +111,15 @@ def ddim_invert(
     total = len(plan) * (2 if round_trip else 1)
     done = _walk(clean.to(device_of(pipe)), plan, epsilon, keeper, callback, total)
     trajectory = _trajectory(
-        done[::-1], timesteps, schedule, prompt, guidance_scale, size, labels, "ddim", network
+        _shown(done, labels),
+        timesteps,
+        schedule,
+        prompt,
+        guidance_scale,
+        size,
+        labels,
+        "ddim",
+        network,
     )
     if round_trip:
         error = _round_trip(trajectory, schedule, epsilon, device_of(pipe), callback, total)
@@ -249,6 +258,18 @@ def _walk(
     return found
 
 
+def _shown(done: list[Tensor], labels: str) -> list[Tensor]:
+    """Latents in the order of sampling, each where it is shown.
+
+    With labels "style_id" the walk visits x of the first timestep (the data), ..., the last
+    timestep, and the schedule's end. Sampling starts from the latter in place of the last
+    timestep's, which is never shown.
+    """
+    if labels != "style_id":
+        return done[::-1]
+    return [done[-1], *done[:-2][::-1], done[0]]
+
+
 def _report(callback: Callback | None, done: int, total: int, keeper: _Checkpoint | None) -> None:
     if callback is not None and callback(done, total) is False and done < total:
         raise Stopped(done, total, keeper.name if keeper else None)
@@ -272,6 +293,8 @@ def _trajectory(
             "(a UNet in float16 that needs bfloat16 or float32?)"
         )
     alphas = ddim.levels(timesteps, schedule.alphas_cumprod, schedule.final_alpha)
+    if labels == "style_id":
+        alphas[0] = max(schedule.alphas_cumprod[-1], ddim.MIN_ALPHA)
     return Trajectory(
         latents=stacked,
         timesteps=torch.tensor(timesteps, dtype=torch.int64),
@@ -296,6 +319,7 @@ def _round_trip(
 ) -> float:
     timesteps = trajectory.timesteps.tolist()
     plan = ddim.sampling_plan(timesteps, schedule.alphas_cumprod, schedule.final_alpha)
+    plan = plan[1:] if trajectory.labels == "style_id" else plan
     found = trajectory.latents[:1].to(device)
     for done, latent in enumerate(ddim.run(found, plan, epsilon), len(plan) + 1):
         found = latent

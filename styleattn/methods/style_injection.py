@@ -64,6 +64,11 @@ class StyleID(Injection):
             found.append(f"compat must be one of {COMPAT}, got {self.compat!r}")
         return [reason for reason in found if reason]
 
+    @property
+    def labels(self) -> str | None:
+        """The labels of the inversion that `compat` asks for; None for whatever the recipe has."""
+        return "style_id" if self.compat else None
+
     def self_attention(self, call: SelfCall) -> Tensor:
         """The layer's output [B, H, N, D]."""
         self._check(call)

@@ -6,10 +6,12 @@ from typing import Any
 _HOMES = {
     "banks": ("bank_facts", "build_bank_file"),
     "demo": ("run_demo",),
-    "folder": ("Job", "Source", "run_folder"),
+    "folder": ("run_folder",),
     "models": ("ModelRefused", "hushed", "load_model", "use_ddim"),
     "multidiffusion": ("Panorama", "panorama"),
+    "recipes": ("RECIPES", "Recipe"),
     "sheet": ("Cell", "contact_sheet"),
+    "sources": ("Job", "Source"),
     "style_aligned": (
         "TRANSFER",
         "Inversion",

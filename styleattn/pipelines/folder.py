@@ -9,79 +9,26 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
 
 from styleattn.inversion.files import write_atomic, write_json
-from styleattn.inversion.host import (
-    Picture,
-    default_size,
-    device_of,
-    fingerprint,
-    read_picture,
-    timesteps_of,
-)
+from styleattn.inversion.host import device_of, fingerprint, read_picture
 from styleattn.processors import apply
 from styleattn.references import StyleBank
 
+from .drawing import Drawing
 from .models import device_name, versions
 from .sheet import Cell, contact_sheet
-from .style_aligned import (
-    TRANSFER,
-    Inversion,
-    Sampling,
-    batches,
-    generate,
-    make_bank,
-    make_trajectory,
-)
+from .sources import FORMAT, Job, Ready, Source, Workshop, bank_key, digest, style_latents
+from .style_aligned import batches
 
-FORMAT = 1
-BANK, MANIFEST, SHEET = "reference.safetensors", "manifest.json", "contact_sheet.png"
-_CHECKPOINT = ".inversion"
+MANIFEST, SHEET = "manifest.json", "contact_sheet.png"
 _CHUNK = "styleattn"  # of the PNG: which settings made it
 Progress = Callable[[str, int, int], object]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A reference: a picture or path, or None to make it from ``prompt``; and its weight."""
-
-    picture: Picture | None = None
-    prompt: str = ""
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to make: everything that the pictures depend on, apart from model and references.
-
-    Args:
-        prompts: one picture each; picture i is drawn from ``seed + i``.
-        model: what the user calls the model; for the manifest.
-        batch_size: pictures per pipeline call. It changes results by rounding only.
-    """
-
-    prompts: tuple[str, ...]
-    method: Any = TRANSFER
-    sampling: Sampling = field(default_factory=Sampling)
-    inversion: Inversion = field(default_factory=Inversion)
-    seed: int = 0
-    batch_size: int = 4
-    backend: str | None = None
-    model: str = ""
-
-    def settings(self) -> dict[str, Any]:
-        """All settings, JSON-ready."""
-        return {
-            **{f: getattr(self, f) for f in ("seed", "batch_size", "backend", "model")},
-            "method": self.method.to_dict(),
-            "sampling": asdict(self.sampling),
-            "inversion": asdict(self.inversion),
-        }
 
 
 @dataclass
@@ -104,6 +51,7 @@ def run_folder(
     out: Path,
     *,
     sources: Sequence[Source] = (),
+    contents: Sequence[Source] = (),
     bank: StyleBank | None = None,
     progress: Progress = lambda stage, done, total: None,
     started: float | None = None,
@@ -116,7 +64,8 @@ def run_folder(
     as one that was not.
 
     Args:
-        sources: the references, at least one without a bank.
+        sources: the references, at least one without a bank where the method takes a style.
+        contents: for methods that restyle a picture: one for each prompt, or one for all.
         bank: a ready bank in place of sources.
         progress: called with (stage, done, total); stages are "reference" and "pictures", in steps.
         started: ``time.perf_counter()`` when the user began to wait.
@@ -129,10 +78,9 @@ def run_folder(
         HostUnsupported, ValueError: inputs without meaning.
     """
     began = time.perf_counter() if started is None else started
-    runs = batches(len(job.prompts), job.batch_size)
-    _check(pipe, job)
-    if not sources and bank is None:
-        raise ValueError("no reference: at least one source, or a bank, is needed")
+    together = 1 if job.recipe.single or len(contents) > 1 else job.batch_size
+    runs = batches(len(job.prompts), min(together, job.batch_size))
+    _check(pipe, job, sources, contents, bank)
     out.mkdir(parents=True, exist_ok=True)
     folder = _Folder(pipe, job, out, progress)
     device = device_of(pipe)
@@ -151,16 +99,20 @@ def run_folder(
     }
     folder.save()  # a folder that cannot be written is found out before anything is computed
     start = time.perf_counter()
-    ready = bank if bank is not None else _bank(folder, sources)
+    ready = Workshop(pipe, job, out, folder.manifest, progress).ready(sources, contents, bank)
     folder.manifest["seconds"]["reference"] = time.perf_counter() - start
-    folder.manifest["reference"] = {"fingerprint": _bank_key(ready), **dict(ready.metadata)}
+    _note(folder, ready, contents)
     keys = [_key(folder, ready, i) for i in range(len(job.prompts))]
-    names = [f"{i:04d}-{_slug(prompt)}.png" for i, prompt in enumerate(job.prompts)]
+    titles = _titles(job, contents)
+    names = [f"{i:04d}-{_slug(title)}.png" for i, title in enumerate(titles)]
     _pictures(folder, ready, runs, keys, names)
-    cells = [
-        Cell(_shown(out / name), prompt) for name, prompt in zip(names, job.prompts, strict=True)
+    cells = [Cell(_shown(out / name), title) for name, title in zip(names, titles, strict=True)]
+    shown = [
+        Cell(read_picture(s.picture), f"{role}: {s.prompt or s.name}")
+        for role, given in (("reference", sources), ("content", contents))
+        for s in given
+        if s.picture
     ]
-    shown = [Cell(read_picture(s.picture), f"reference: {s.prompt}") for s in sources if s.picture]
     _write_sheet(out / SHEET, [*shown, *cells])
     folder.manifest["complete"] = True
     folder.manifest["seconds"]["all"] = time.perf_counter() - began
@@ -168,10 +120,48 @@ def run_folder(
     return folder.manifest
 
 
-def _check(pipe: Any, job: Job) -> None:
+def _titles(job: Job, contents: Sequence[Source]) -> list[str]:
+    """What each picture is called: its prompt, or its content."""
+    names = [s.name for s in contents]
+    return [
+        prompt or (names[i if len(names) > 1 else 0] if names else "")
+        for i, prompt in enumerate(job.prompts)
+    ]
+
+
+def _note(folder: _Folder, ready: Ready, contents: Sequence[Source]) -> None:
+    """What the pictures are made from, in the manifest."""
+    bank = ready.bank
+    if bank is not None:
+        folder.manifest["reference"] = {"fingerprint": bank_key(bank), **dict(bank.metadata)}
+    folder.manifest["contents"] = [
+        {"name": source.name, "key": key, **path.summary()}
+        for source, key, path in zip(contents, ready.keys[1:], ready.contents, strict=True)
+    ]
+
+
+def _check(
+    pipe: Any,
+    job: Job,
+    sources: Sequence[Source],
+    contents: Sequence[Source],
+    bank: StyleBank | None,
+) -> None:
     """Find out before anything is computed or written that a method does not fit the model."""
+    recipe, name = job.recipe, job.method.name
     if not job.prompts:
         raise ValueError("no prompts")
+    if "style" in recipe.roles and not sources and bank is None:
+        raise ValueError("no reference: at least one source, or a bank, is needed")
+    if recipe.content != bool(contents):
+        needs = "needs a content picture" if recipe.content else "takes no content picture"
+        raise ValueError(f"{name} {needs} (--content)")
+    if len(contents) not in (0, 1, len(job.prompts)):
+        raise ValueError(
+            f"{len(contents)} content pictures need as many prompts, got {len(job.prompts)}"
+        )
+    if recipe.roles and "style" not in recipe.roles and (sources or bank is not None):
+        raise ValueError(f"{name} takes no reference picture")
     if not 0 <= job.seed < 2**63 - len(job.prompts):
         raise ValueError(f"seed must lie in 0..{2**63 - len(job.prompts) - 1}, got {job.seed}")
     offset, steps = job.inversion.offset, job.sampling.num_inference_steps
@@ -180,83 +170,9 @@ def _check(pipe: Any, job: Job) -> None:
     apply(pipe, job.method, backend=job.backend).remove()
 
 
-def _bank(folder: _Folder, sources: Sequence[Source]) -> StyleBank:
-    """The bank of these references: the one in the folder if it is the same, else a new one."""
-    pipe, job, path = folder.pipe, folder.job, folder.out / BANK
-    identity = _identity(folder, sources)
-    if path.exists():
-        try:
-            found = StyleBank.load(path)
-        except ValueError:
-            found = None  # damaged or foreign: made anew
-        if found is not None and found.metadata.get("identity") == identity:
-            return found
-    steps = job.sampling.num_inference_steps
-    trajectories = []
-    for i, source in enumerate(sources):
-        trajectories.append(
-            make_trajectory(
-                pipe,
-                source.picture,
-                source.prompt,
-                job.sampling,
-                job.inversion,
-                seed=job.seed + i,
-                checkpoint=folder.out / f"{_CHECKPOINT}.{i}.{identity[:16]}",
-                callback=lambda done, _, before=i * steps: folder.progress(  # type: ignore[misc]
-                    "reference", before + done, len(sources) * steps
-                ),
-            )
-        )
-    bank = make_bank(
-        pipe,
-        trajectories,
-        job.method,
-        weights=[source.weight for source in sources],
-        offset=job.inversion.offset,
-        negative_prompt=job.sampling.negative_prompt,
-    )
-    bank = replace(bank, metadata={**dict(bank.metadata), "identity": identity})
-    bank.save(path)
-    return bank
-
-
-def _identity(folder: _Folder, sources: Sequence[Source]) -> str:
-    """A name for everything that the references' trajectories depend on."""
-    pipe, job = folder.pipe, folder.job
-    size = [job.sampling.height, job.sampling.width]
-    facts = {
-        "format": FORMAT,
-        "sources": [[_pixels(s.picture), s.prompt, s.weight] for s in sources],
-        "unet": folder.manifest["unet"],
-        "dtype": folder.manifest["dtype"],
-        "device": folder.manifest["device"]["type"],
-        "timesteps": timesteps_of(pipe, job.sampling.num_inference_steps),
-        "size": [a or b for a, b in zip(size, default_size(pipe), strict=True)],
-        "inversion": asdict(job.inversion),
-        "method": job.method.to_dict(),
-        "negative_prompt": job.sampling.negative_prompt,
-        "sampled": [job.seed, job.sampling.guidance_scale],
-    }
-    if all(source.picture is not None for source in sources):
-        del facts["sampled"]
-    return _digest(facts)
-
-
-def _pixels(picture: Picture | None) -> str | None:
-    if picture is None:
-        return None
-    image = read_picture(picture)
-    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-
-
-def _bank_key(bank: StyleBank) -> str:
-    return str(bank.metadata.get("identity") or bank.fingerprint)
-
-
-def _key(folder: _Folder, bank: StyleBank, index: int) -> str:
+def _key(folder: _Folder, ready: Ready, index: int) -> str:
     """A name for everything that picture ``index`` depends on, its batch apart."""
-    settings = folder.job.settings()
+    settings, bank = folder.job.settings(), ready.bank
     settings["seed"] = folder.job.seed + index
     for name in ("batch_size", "model"):
         settings.pop(name)
@@ -267,13 +183,10 @@ def _key(folder: _Folder, bank: StyleBank, index: int) -> str:
         "device": folder.manifest["device"]["type"],
         "settings": settings,
         "prompt": folder.job.prompts[index],
-        "bank": [_bank_key(bank), bank.offset, [r.to_dict() for r in bank.references]],
+        "made_from": ready.key(index),
+        "bank": None if bank is None else [bank.offset, [r.to_dict() for r in bank.references]],
     }
-    return _digest(facts)
-
-
-def _digest(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return digest(facts)
 
 
 def _scheduler(pipe: Any) -> dict[str, Any]:
@@ -282,7 +195,7 @@ def _scheduler(pipe: Any) -> dict[str, Any]:
 
 
 def _pictures(
-    folder: _Folder, bank: StyleBank, runs: list[range], keys: list[str], names: list[str]
+    folder: _Folder, ready: Ready, runs: list[range], keys: list[str], names: list[str]
 ) -> None:
     """Make what is missing, batch by batch."""
     job, steps = folder.job, folder.job.sampling.num_inference_steps
@@ -294,7 +207,7 @@ def _pictures(
         seconds = 0.0
         if missing:
             start = time.perf_counter()
-            pictures = _generate(folder, bank, run, (number * steps, total))
+            pictures = _generate(folder, ready, run, (number * steps, total))
             seconds = (time.perf_counter() - start) / len(run)
             for i in missing:
                 facts = {"key": keys[i], "prompt": job.prompts[i], "seed": job.seed + i}
@@ -318,7 +231,7 @@ def _pictures(
 
 
 def _generate(
-    folder: _Folder, bank: StyleBank, run: range, progress: tuple[int, int]
+    folder: _Folder, ready: Ready, run: range, progress: tuple[int, int]
 ) -> list[Image.Image]:
     """One batch, styled."""
     before, total = progress
@@ -326,15 +239,21 @@ def _generate(
     def report(step: int, steps: int) -> None:
         folder.progress("pictures", before + step, total)
 
-    job = folder.job
-    with apply(folder.pipe, job.method, bank=bank, backend=job.backend):
-        return generate(
-            folder.pipe,
-            [job.prompts[i] for i in run],
-            [job.seed + i for i in run],
-            job.sampling,
-            callback=report,
-        )
+    job, first = folder.job, run.start
+    drawing = Drawing(
+        pipe=folder.pipe,
+        method=job.method,
+        sampling=job.sampling,
+        backend=job.backend,
+        bank=ready.rows(folder.pipe, job, first),
+        content=ready.content(first),
+        style=style_latents(ready.bank),
+        sources=ready.sources,
+        prompts=[job.prompts[i] for i in run],
+        seeds=[job.seed + i for i in run],
+        callback=report,
+    )
+    return job.recipe.draw(drawing)
 
 
 def _write_png(path: Path, picture: Image.Image, facts: Mapping[str, Any]) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import log
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from styleattn.methods import METHODS
+
+from .recipes import RECIPES, Recipe, recipe_of
+
+if TYPE_CHECKING:
+    from .sources import Source
 
 TINY = "tiny-sdxl"
 
@@ -18,14 +22,16 @@ class Refused(ValueError):
     """Something the user asked for that cannot be done; one line says what."""
 
 
-# What counts is the command line, then --config, then what suits the embedded model, then these:
-# the paper's settings for transfer from a picture.
+# What counts is the command line, then --config, then what suits the method on the embedded model,
+# then that model, then the method, then these: the paper's settings for transfer from a picture.
 DEFAULTS: dict[str, Any] = {
     "model": TINY,
     "method": "style_aligned",
     "reference": None,
     "reference_prompt": None,
     "reference_weight": None,
+    "content": None,
+    "content_prompt": None,
     "prompts": None,
     "out": None,
     "bank": None,
@@ -54,15 +60,14 @@ TINY_DEFAULTS: dict[str, Any] = {
     "inversion_guidance": 1.0,
     "offset": 0,
 }
-# StyleAligned's knobs for transfer from a picture to a full-sized model, as the paper has them.
-_TRANSFER: dict[str, Any] = {"shared_score_shift": log(2)}
 _NUMBERS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("seed", "steps", "batch_size", "height", "width", "offset"), (int,)),
     **dict.fromkeys(("guidance", "score_shift", "score_scale", "inversion_guidance"), (int, float)),
     "reference_weight": (int, float),
     "offload": (bool,),
 }
-_LISTS = {"reference", "reference_prompt", "reference_weight"}
+_REFERENCES = ("reference", "reference_prompt", "reference_weight")
+_LISTS = {*_REFERENCES, "content", "content_prompt"}
 
 
 def merged(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
@@ -83,9 +88,12 @@ def merged(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
         )
         if value is not None and not right:
             raise Refused(f"{config}: {name} must be of type {kinds[-1].__name__}, got {value!r}")
-    model = chosen.get("model") or written.get("model") or DEFAULTS["model"]
-    own = TINY_DEFAULTS if model == TINY else {}
-    return {**DEFAULTS, **own, **written, **chosen, "knobs": knobs}
+    model, method = (
+        chosen.get(name) or written.get(name) or DEFAULTS[name] for name in ("model", "method")
+    )
+    recipe = RECIPES.get(method, Recipe())
+    own = {**TINY_DEFAULTS, **recipe.tiny} if model == TINY else {}
+    return {**DEFAULTS, **recipe.defaults, **own, **written, **chosen, "knobs": knobs}
 
 
 def sources_of(options: Mapping[str, Any]) -> list[tuple[str | None, str, float]]:
@@ -94,30 +102,99 @@ def sources_of(options: Mapping[str, Any]) -> list[tuple[str | None, str, float]
     Raises:
         Refused: no reference, or numbers of pictures, prompts and weights that do not fit.
     """
-    paths, prompts, weights = (options[name] or [] for name in sorted(_LISTS))
+    paths, prompts, weights = (options[name] or [] for name in _REFERENCES)
     if options["bank"] is not None:
         if paths or prompts or weights:
             raise Refused("--bank excludes --reference, --reference-prompt and --reference-weight")
         return []
     count = len(paths) or len(prompts)
     if not count:
+        if "style" not in recipe_of(options["method"]).roles:
+            return []
         raise Refused("no reference: give --reference, --bank or --reference-prompt")
-    prompts = prompts * count if len(prompts) == 1 else prompts or [""] * count
+    prompts = _for_each("reference", "--reference-prompt", prompts or [""], count)
     weights = weights or [1.0] * count
-    for option, found in (("--reference-prompt", prompts), ("--reference-weight", weights)):
-        if len(found) != count:
-            raise Refused(f"{count} references need as many {option}, got {len(found)}")
+    if len(weights) != count:
+        raise Refused(f"{count} references need as many --reference-weight, got {len(weights)}")
     if any(not 0 <= w < float("inf") for w in weights):
         raise Refused(f"--reference-weight must be finite and not negative, got {weights}")
     return list(zip(paths or [None] * count, prompts, map(float, weights), strict=True))
 
 
+def _for_each(what: str, option: str, given: list[str], count: int) -> list[str]:
+    """One for each, or one for all."""
+    found = given * count if len(given) == 1 else given
+    if len(found) != count:
+        raise Refused(f"{count} {what}s need as many {option}, got {len(found)}")
+    return found
+
+
+def contents_of(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Path and prompt of every content picture.
+
+    Raises:
+        Refused: the method needs one, or takes none; or the numbers do not fit.
+    """
+    paths, prompts = options["content"] or [], options["content_prompt"] or []
+    method = options["method"]
+    wanted = recipe_of(method).content
+    if wanted and not paths:
+        raise Refused(f"--content is missing: {method} restyles a picture")
+    if not wanted and (paths or prompts):
+        raise Refused(f"{method} takes no --content")
+    prompts = _for_each("content picture", "--content-prompt", prompts or [""], len(paths))
+    return list(zip(paths, prompts, strict=True))
+
+
+def pictures_of(options: Mapping[str, Any]) -> tuple[list[Source], list[Source]]:
+    """The references and the content pictures, read.
+
+    Raises:
+        Refused, ValueError, FileNotFoundError: as `sources_of`, `contents_of`, `read_picture`.
+    """
+    from styleattn.inversion import read_picture
+
+    from .sources import Source
+
+    references = [
+        Source(None if path is None else read_picture(path), prompt, weight, _stem(path))
+        for path, prompt, weight in sources_of(options)
+    ]
+    contents = [
+        Source(read_picture(path), prompt, 1.0, _stem(path))
+        for path, prompt in contents_of(options)
+    ]
+    return references, contents
+
+
+def _stem(path: str | None) -> str:
+    return "" if path is None else Path(path).stem
+
+
+def prompts_of(options: Mapping[str, Any], contents: int) -> tuple[str, ...]:
+    """What the pictures show: the file of prompts, or nothing for a method that needs no words.
+
+    Raises:
+        Refused: prompts are missing, or do not fit the content pictures in number.
+    """
+    if options["prompts"] is None:
+        if recipe_of(options["method"]).prompts:
+            raise Refused("--prompts is missing")
+        return ("",) * contents
+    prompts = read_prompts(Path(options["prompts"]))
+    if contents > 1 and len(prompts) == 1:
+        return prompts * contents
+    if contents > 1 and len(prompts) != contents:
+        raise Refused(f"{contents} content pictures need as many prompts, got {len(prompts)}")
+    return prompts
+
+
 def styled_method(options: Mapping[str, Any], knobs: Sequence[str]) -> Any:
-    """The method of the options; StyleAligned starts from the settings for transfer."""
+    """The method of the options; on full-sized models it starts from the recipe's knobs."""
     name = options["method"]
     base: dict[str, Any] = {}
-    if name == "style_aligned" and options["model"] != TINY:
-        base.update(_TRANSFER)
+    if name in METHODS and options["model"] != TINY:
+        base.update(RECIPES[name].knobs if name in RECIPES else {})
     base.update(options["knobs"])
     for option, knob in (
         ("score_shift", "shared_score_shift"),

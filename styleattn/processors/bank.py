@@ -196,7 +196,7 @@ class ReferenceCallback:
             after = timesteps[step + 1]
             seen = max(1, self.trajectory.step_of(float(after)))
             here = self.trajectory.reference_index(seen, self.offset)
-            scale = _input_scale(pipe.scheduler, after)
+            scale = input_scale(pipe.scheduler, after)
         latents[self.row] = self.trajectory.latents[here].to(latents) / scale
         return {**callback_kwargs, "latents": latents}
 
@@ -227,7 +227,7 @@ def reference_callback(
     return ReferenceCallback(trajectory, offset, row)
 
 
-def _input_scale(scheduler: Any, timestep: Tensor) -> float:
+def input_scale(scheduler: Any, timestep: Tensor) -> float:
     """What the scheduler multiplies latents with before the denoiser sees them; 1 for DDIM."""
     probe = copy.copy(scheduler)
     for name in ("_step_index", "_begin_index"):

@@ -16,7 +16,8 @@ from PIL import Image
 
 from styleattn.inversion import files
 from styleattn.pipelines import Job, Sampling, Source, make_bank, make_trajectory, run_folder
-from styleattn.pipelines.folder import BANK, MANIFEST, SHEET
+from styleattn.pipelines.folder import MANIFEST, SHEET
+from styleattn.pipelines.sources import BANK
 from styleattn.references import StyleBank
 
 JOB = Job(("a cat", "a dog", "a hen"), sampling=Sampling(3, 3.0), batch_size=2)

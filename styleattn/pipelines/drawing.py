@@ -1,0 +1,90 @@
+"""One batch of pictures through a pipeline with a method at work: what recipes share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from styleattn.inversion import Trajectory
+from styleattn.processors import apply
+from styleattn.processors.bank import input_scale
+from styleattn.references import StyleBank
+
+from .sources import Source
+from .style_aligned import Sampling, generate
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One batch.
+
+    Args:
+        method: what is at work.
+        sampling, backend: of the job.
+        bank: the rows of the recipe's roles; None where it has none.
+        content, style: trajectories' latents [N + 1, C, h, w], from noise to data, where there are
+            such pictures.
+        sources: the style pictures as they were given: picture, prompt and weight.
+        prompts, seeds: one for each picture.
+        callback: called with (steps done, steps).
+    """
+
+    pipe: Any
+    method: Any
+    sampling: Sampling
+    backend: str | None
+    bank: StyleBank | None
+    content: Trajectory | None
+    style: Tensor | None
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    sources: Sequence[Source] = ()
+    callback: Callable[[int, int], None] | None = None
+
+    def generate(self, *methods: Any, **arguments: Any) -> list[Image.Image]:
+        """The batch with these methods (None: the job's), and further arguments of the pipeline's
+        call."""
+        with apply(self.pipe, *(methods or (self.method,)), bank=self.bank, backend=self.backend):
+            return generate(
+                self.pipe,
+                self.prompts,
+                self.seeds,
+                self.sampling,
+                callback=self.callback,
+                **arguments,
+            )
+
+    def start(self, latents: Tensor) -> Tensor:
+        """Latents [C, h, w] of the first step's noise level, as the pipeline's call takes them:
+        [n, C, h, w]."""
+        scheduler = copy.deepcopy(self.pipe.scheduler)
+        scheduler.set_timesteps(self.sampling.num_inference_steps)
+        scale = input_scale(scheduler, scheduler.timesteps[0]) * float(scheduler.init_noise_sigma)
+        rows = (latents / scale).to(self.pipe.unet.dtype)
+        return rows.expand(len(self.prompts), *latents.shape).clone()
+
+
+def draw(drawing: Drawing) -> list[Image.Image]:
+    """Pictures from noise of their seeds; from the content's noise where there is content."""
+    if drawing.content is None:
+        return drawing.generate()
+    return drawing.generate(latents=drawing.start(drawing.content.latents[0]))
+
+
+def adain(x: Tensor, style: Tensor) -> Tensor:
+    """Latents [C, h, w] with the style's mean and (unbiased) deviation in every channel.
+
+        (x - mean(x)) / std(x) * std(style) + mean(style)
+
+    A channel without variance gets the style's mean.
+    """
+    mean, std = x.mean((1, 2), keepdim=True), x.std((1, 2), keepdim=True)
+    flat = std == 0
+    gain = torch.where(flat, 0.0, style.std((1, 2), keepdim=True) / std.masked_fill(flat, 1.0))
+    return (x - mean) * gain + style.mean((1, 2), keepdim=True)

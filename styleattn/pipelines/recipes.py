@@ -1,0 +1,82 @@
+"""Recipes by method: what `styleattn stylize --method` asks for, and who draws the pictures.
+
+A method needs one line here; a file of its own only where drawing takes more than a bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from math import log
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL import Image
+
+    from .drawing import Drawing
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How pictures are made with a method.
+
+    Args:
+        home: the module of `styleattn.pipelines` whose `draw` makes a batch of pictures.
+        roles: the rows of the bank, in the method's order, of "content" and "style"; () for methods
+            that need no bank.
+        content: every picture is made from a content picture (`--content`), its noise included.
+        prompts: a file of prompts is needed; else there may be none.
+        single: one picture per pipeline call.
+        defaults: options that suit the method, below those of the embedded model.
+        tiny: options that suit it on the embedded model.
+        knobs: of the method, on full-sized models.
+    """
+
+    home: str = "drawing"
+    roles: tuple[str, ...] = ("style",)
+    content: bool = False
+    prompts: bool = True
+    single: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def draw(self) -> Callable[[Drawing], list[Image.Image]]:
+        """What makes a batch of pictures."""
+        function: Callable[[Drawing], list[Image.Image]] = import_module(
+            f"styleattn.pipelines.{self.home}"
+        ).draw
+        return function
+
+
+# Each latent of a reference row has the noise level that the UNet is told; no guidance.
+_ROWS = {"labels": "consistent", "offset": 0, "inversion_guidance": 1.0}
+_UNGUIDED = {**_ROWS, "guidance": 1.0}
+
+RECIPES: dict[str, Recipe] = {
+    # The paper's setting for transfer from one's own picture.
+    "style_aligned": Recipe(knobs={"shared_score_shift": log(2)}),
+    "style_id": Recipe(
+        home="style_injection",
+        roles=("content", "style"),
+        content=True,
+        prompts=False,
+        defaults=_UNGUIDED,
+        tiny=_UNGUIDED,
+    ),
+}
+
+
+def recipe_of(method: str) -> Recipe:
+    """The recipe of a method.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if method not in RECIPES:
+        raise ValueError(f"stylize has no recipe for {method!r}; it has {', '.join(RECIPES)}")
+    return RECIPES[method]

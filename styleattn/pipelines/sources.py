@@ -1,0 +1,275 @@
+"""Pictures that others are made from, made ready once and kept in the folder of a job."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from styleattn.inversion import Trajectory
+from styleattn.inversion.host import Picture, default_size, read_picture, timesteps_of
+from styleattn.references import StyleBank
+
+from .recipes import Recipe, recipe_of
+from .style_aligned import TRANSFER, Inversion, Sampling, make_bank, make_trajectory
+
+FORMAT = 1
+BANK, CONTENT = "reference.safetensors", "content-{}.safetensors"
+_CHECKPOINT = ".inversion"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture or path, or None to make it from ``prompt``; its weight; and what to call it."""
+
+    picture: Picture | None = None
+    prompt: str = ""
+    weight: float = 1.0
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to make: everything that the pictures depend on, apart from model and references.
+
+    Args:
+        prompts: one picture each; picture i is drawn from ``seed + i``.
+        model: what the user calls the model; for the manifest.
+        batch_size: pictures per pipeline call. It changes results by rounding only.
+    """
+
+    prompts: tuple[str, ...]
+    method: Any = TRANSFER
+    sampling: Sampling = field(default_factory=Sampling)
+    inversion: Inversion = field(default_factory=Inversion)
+    seed: int = 0
+    batch_size: int = 4
+    backend: str | None = None
+    model: str = ""
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the method's pictures are made."""
+        return recipe_of(self.method.name)
+
+    def settings(self) -> dict[str, Any]:
+        """All settings, JSON-ready."""
+        return {
+            **{f: getattr(self, f) for f in ("seed", "batch_size", "backend", "model")},
+            "method": self.method.to_dict(),
+            "sampling": asdict(self.sampling),
+            "inversion": asdict(self.inversion),
+        }
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Sources made ready.
+
+    Args:
+        bank: the styles; None without any.
+        contents: trajectories, one for every picture or one for all; empty without any.
+        keys: a name for the styles, and one for each content.
+        sources: the styles as they were given.
+    """
+
+    bank: StyleBank | None
+    contents: tuple[Trajectory, ...]
+    keys: tuple[str, ...]
+    sources: tuple[Source, ...] = ()
+
+    def content(self, index: int) -> Trajectory | None:
+        """The content of picture ``index``."""
+        if not self.contents:
+            return None
+        return self.contents[index if len(self.contents) > 1 else 0]
+
+    def key(self, index: int) -> list[str]:
+        """A name for all that picture ``index`` is made from."""
+        own = self.keys[1:]
+        return [self.keys[0], *([own[index if len(own) > 1 else 0]] if own else [])]
+
+    def rows(self, pipe: Any, job: Job, index: int) -> StyleBank | None:
+        """The bank of picture ``index``: a row for each of the recipe's roles."""
+        banks = []
+        for role in job.recipe.roles:
+            content = self.content(index)
+            if role == "content" and content is not None:
+                negative = job.sampling.negative_prompt
+                banks.append(
+                    make_bank(pipe, content, job.method, offset=0, negative_prompt=negative)
+                )
+            elif role == "style" and self.bank is not None:
+                banks.append(self.bank)
+        return joined(banks) if banks else None
+
+
+def joined(banks: Sequence[StyleBank]) -> StyleBank:
+    """One bank with the rows of several.
+
+    Raises:
+        ValueError: banks of other timesteps, sizes or conditions.
+    """
+    if len(banks) == 1:
+        return banks[0]
+    first = banks[0]
+    for bank in banks[1:]:
+        alike = (
+            torch.equal(bank.timesteps, first.timesteps)
+            and bank.latents.shape[1:] == first.latents.shape[1:]
+            and bank.offset == first.offset
+            and set(bank.conditions) == set(first.conditions)
+        )
+        if not alike:
+            raise ValueError("content and style must share timesteps, size and offset")
+    conditions = {n: torch.cat([b.conditions[n] for b in banks]) for n in first.conditions}
+    references = tuple(r for b in banks for r in b.references)
+    return StyleBank(
+        torch.cat([b.latents for b in banks]), first.timesteps, conditions, references, first.offset
+    )
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where sources are made ready.
+
+    Args:
+        facts: of the model and device: "unet", "dtype", "device".
+        progress: called with (stage, done, total).
+    """
+
+    pipe: Any
+    job: Job
+    out: Path
+    facts: Mapping[str, Any]
+    progress: Callable[[str, int, int], object]
+
+    def ready(
+        self, sources: Sequence[Source], contents: Sequence[Source], bank: StyleBank | None
+    ) -> Ready:
+        """The sources, found in the folder where they are the same, else made."""
+        inverted = sources if bank is None and "style" in self.job.recipe.roles else ()
+        total = (len(inverted) + len(contents)) * self._steps
+        styles = self._bank(inverted, total) if inverted else bank
+        made = [
+            self._content(i, source, (len(inverted) + i) * self._steps, total)
+            for i, source in enumerate(contents)
+        ]
+        name = bank_key(styles) if styles is not None else ""
+        if styles is None and sources:
+            name = self._identity(sources, self.job.seed)
+        keys = (name, *(key for _, key in made))
+        return Ready(styles, tuple(path for path, _ in made), keys, tuple(sources))
+
+    @property
+    def _inversion(self) -> Inversion:
+        """The job's, with the labels that the method insists on."""
+        labels = getattr(self.job.method, "labels", None)
+        return replace(self.job.inversion, labels=labels) if labels else self.job.inversion
+
+    @property
+    def _steps(self) -> int:
+        return self.job.sampling.num_inference_steps
+
+    def _trajectory(
+        self, index: int, source: Source, identity: str, before: int, total: int
+    ) -> Trajectory:
+        return make_trajectory(
+            self.pipe,
+            source.picture,
+            source.prompt,
+            self.job.sampling,
+            self._inversion,
+            seed=self.job.seed + index,
+            checkpoint=self.out / f"{_CHECKPOINT}.{index}.{identity[:16]}",
+            callback=lambda done, _: self.progress("reference", before + done, total),
+        )
+
+    def _bank(self, sources: Sequence[Source], total: int) -> StyleBank:
+        """The bank of the styles."""
+        path, identity = self.out / BANK, self._identity(sources, self.job.seed)
+        if path.exists():
+            try:
+                found = StyleBank.load(path)
+            except ValueError:
+                found = None  # damaged or foreign: made anew
+            if found is not None and found.metadata.get("identity") == identity:
+                return found
+        trajectories = [
+            self._trajectory(i, source, identity, i * self._steps, total)
+            for i, source in enumerate(sources)
+        ]
+        bank = make_bank(
+            self.pipe,
+            trajectories,
+            self.job.method,
+            weights=[source.weight for source in sources],
+            offset=self.job.inversion.offset,
+            negative_prompt=self.job.sampling.negative_prompt,
+        )
+        bank = replace(bank, metadata={**dict(bank.metadata), "identity": identity})
+        bank.save(path)
+        return bank
+
+    def _content(
+        self, index: int, source: Source, before: int, total: int
+    ) -> tuple[Trajectory, str]:
+        """The trajectory of a content picture, and a name for it."""
+        identity = self._identity([source], self.job.seed + index)
+        path = self.out / CONTENT.format(identity[:16])
+        if path.exists():
+            with contextlib.suppress(ValueError):  # damaged or foreign: made anew
+                return Trajectory.load(path), identity
+        found = self._trajectory(index, source, identity, before, total)
+        found.save(path)
+        return found, identity
+
+    def _identity(self, sources: Sequence[Source], seed: int) -> str:
+        """A name for everything that the trajectories of sources depend on."""
+        pipe, job = self.pipe, self.job
+        size = [job.sampling.height, job.sampling.width]
+        facts = {
+            "format": FORMAT,
+            "sources": [[_pixels(s.picture), s.prompt, s.weight] for s in sources],
+            "unet": self.facts["unet"],
+            "dtype": self.facts["dtype"],
+            "device": self.facts["device"]["type"],
+            "timesteps": timesteps_of(pipe, job.sampling.num_inference_steps),
+            "size": [a or b for a, b in zip(size, default_size(pipe), strict=True)],
+            "inversion": asdict(self._inversion),
+            "method": job.method.to_dict(),
+            "negative_prompt": job.sampling.negative_prompt,
+            "sampled": [seed, job.sampling.guidance_scale],
+        }
+        if all(source.picture is not None for source in sources):
+            del facts["sampled"]
+        return digest(facts)
+
+
+def _pixels(picture: Picture | None) -> str | None:
+    if picture is None:
+        return None
+    image = read_picture(picture)
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+
+
+def bank_key(bank: StyleBank) -> str:
+    """A name for a bank."""
+    return str(bank.metadata.get("identity") or bank.fingerprint)
+
+
+def digest(facts: Mapping[str, Any]) -> str:
+    """A name for facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def style_latents(bank: StyleBank | None) -> Tensor | None:
+    """The latents of the first style."""
+    return None if bank is None else bank.latents[0]
