@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -78,4 +79,30 @@ def save_tokenizer(folder: Path) -> None:
     )
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def save_word_tokenizer(folder: Path) -> None:
+    """Write the files of a T5 tokenizer: one piece for each of `words`, the letters for any other
+    word. They load in transformers 4.57 and later."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+    from tokenizers.models import Unigram
+
+    specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces = [word if word == "," else f"▁{word}" for word in words()]
+    letters = ["▁", *(c for c in map(chr, range(33, 127)) if c not in pieces)]
+    vocabulary = [*specials, *((p, -1.0) for p in pieces), *((c, -10.0) for c in letters)]
+    tokenizer = Tokenizer(Unigram(vocabulary, unk_id=2))
+    space: dict[str, Any] = {"replacement": "▁", "prepend_scheme": "always", "split": True}
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**space)]
+    )
+    tokenizer.decoder = decoders.Metaspace(**space)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0}
+    config = {"tokenizer_class": "T5TokenizerFast", "model_max_length": MAX_TOKENS, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -8,59 +8,106 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from .captions import save_tokenizer
+from .captions import save_tokenizer, save_word_tokenizer
+from .flux_model import FluxDenoiser, new_flow_scheduler, new_word_tokenizer
 from .model import Denoiser, new_scheduler, new_tokenizer
 
+Record = dict[str, object]
 
-def averaged(run: Path, tokenizer_folder: Path) -> tuple[Denoiser, dict[str, object]]:
-    """The model of a run with its averaged weights, and the record of the run (`steps`, `seconds`,
-    `history`)."""
+
+def use_averaged(model: nn.Module, run: Path) -> Record:
+    """Give the model the averaged weights of a run; returns the record of the run (`steps`,
+    `seconds`, `history`)."""
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    model = Denoiser(new_tokenizer(tokenizer_folder))
     weights = model.state_dict()
     weights.update({name: state["model"][name] for name in weights})
     weights.update(state["mean"])
     model.load_state_dict(weights)
-    record = {
+    model.eval()
+    return {
         "steps": state["step"],
         "seconds": round(state["seconds"]),
         "history": json.loads(state["history"]),
     }
-    return model.eval(), record
 
 
-def export(run: Path, vae: Path, out: Path) -> None:
-    """Save the pipeline with UNet and autoencoder in half precision, and `training.json` next to
-    it; `out` is replaced only when all is written."""
+def sdxl_pipeline(run: Path, vae: Path, scratch: Path) -> tuple[Any, Record]:
+    """The pipeline of a run of `tiny-sdxl`, and its record."""
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
+    tokenizer = new_tokenizer(scratch)
+    model = Denoiser(tokenizer)
+    record = use_averaged(model, run)
+    pipe = StableDiffusionXLPipeline(
+        vae=AutoencoderKL.from_pretrained(str(vae), local_files_only=True),
+        text_encoder=model.text_encoder,
+        text_encoder_2=model.text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=model.unet,
+        scheduler=new_scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+    pipe.unet.half()
+    return pipe, record
+
+
+def flux_pipeline(run: Path, vae: Path, scratch: Path) -> tuple[Any, Record]:
+    """The pipeline of a run of `tiny-flux`, and its record."""
+    from diffusers import AutoencoderKL, FluxPipeline
+
+    tokenizer, tokenizer_2 = new_tokenizer(scratch / "1"), new_word_tokenizer(scratch / "2")
+    model = FluxDenoiser(tokenizer, tokenizer_2)
+    record = use_averaged(model, run)
+    autoencoder = AutoencoderKL.from_pretrained(str(vae), local_files_only=True)
+    autoencoder.register_to_config(shift_factor=0.0)  # FluxPipeline adds it to the latents
+    pipe = FluxPipeline(
+        scheduler=new_flow_scheduler(),
+        vae=autoencoder,
+        text_encoder=model.text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=model.text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        transformer=model.transformer,
+    )
+    pipe.transformer.half()
+    return pipe, record
+
+
+def _name_t5_tokenizer(index: Path) -> None:
+    """transformers 5 calls the fast tokenizer T5Tokenizer, a name that is another class before;
+    T5TokenizerFast is known to all."""
+    found = json.loads(index.read_text(encoding="utf-8"))
+    found["tokenizer_2"] = ["transformers", "T5TokenizerFast"]
+    index.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def export(run: Path, vae: Path, out: Path, model: str = "tiny-sdxl") -> None:
+    """Save the pipeline with denoiser and autoencoder in half precision, and `training.json` next
+    to it; `out` is replaced only when all is written.
+
+    The text encoders stay in single precision: transformers would load half precision as it is,
+    diffusers would not, and a plain `from_pretrained` would give a mixed pipeline.
+    """
+    flux = model == "tiny-flux"
     with tempfile.TemporaryDirectory() as scratch:
-        model, record = averaged(run, Path(scratch))
-        model.unet.set_default_attn_processor()
-        tokenizer = new_tokenizer(Path(scratch))
-        pipe = StableDiffusionXLPipeline(
-            vae=AutoencoderKL.from_pretrained(str(vae), local_files_only=True),
-            text_encoder=model.text_encoder,
-            text_encoder_2=model.text_encoder_2,
-            tokenizer=tokenizer,
-            tokenizer_2=tokenizer,
-            unet=model.unet,
-            scheduler=new_scheduler(),
-            force_zeros_for_empty_prompt=True,
-            add_watermarker=False,
-        )
+        pipe, record = (flux_pipeline if flux else sdxl_pipeline)(run, vae, Path(scratch))
         fresh = out.with_name(out.name + ".new")
         shutil.rmtree(fresh, ignore_errors=True)
-        # The text encoders stay in single precision: transformers would load half precision as it
-        # is, diffusers would not, and a plain `from_pretrained` would give a mixed pipeline.
-        pipe.unet.half()
         pipe.vae.half()
         pipe.save_pretrained(str(fresh), safe_serialization=True)
-    for folder in ("tokenizer", "tokenizer_2"):
-        save_tokenizer(fresh / folder)  # vocabulary and merges, which transformers 4 reads
+    save_tokenizer(fresh / "tokenizer")  # vocabulary and merges, which transformers 4 reads
+    if flux:
+        save_word_tokenizer(fresh / "tokenizer_2")
+        _name_t5_tokenizer(fresh / "model_index.json")
+    else:
+        save_tokenizer(fresh / "tokenizer_2")
     (fresh / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if (out / "MODEL_CARD.md").exists():
         shutil.copy(out / "MODEL_CARD.md", fresh)
@@ -73,11 +120,12 @@ def main() -> None:
         prog="python -m styleattn.tiny.export",
         description="Write a model directory from a training run.",
     )
-    parser.add_argument("run", type=Path, help="folder of styleattn.tiny.train")
+    parser.add_argument("run", type=Path, help="folder of the training run")
     parser.add_argument("vae", type=Path, help="folder of styleattn.tiny.vae")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", choices=("tiny-sdxl", "tiny-flux"), default="tiny-sdxl")
     values = parser.parse_args()
-    export(values.run, values.vae, values.out)
+    export(values.run, values.vae, values.out, values.model)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .train import Run, Settings, add_settings, make_batch
+from .train import Run, Settings, make_batch
+from .training import add_settings
 
 
 @torch.no_grad()
@@ -86,7 +87,7 @@ def renew(folder: Path, settings: Settings, batches: int = 3) -> Run:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m styleattn.tiny.renew", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    add_settings(parser)
+    add_settings(parser, Settings())
     values = vars(parser.parse_args())
     torch.set_num_threads(1)
     renew(values.pop("out"), Settings(**values))

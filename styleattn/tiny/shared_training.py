@@ -18,7 +18,7 @@ class Groups:
     norms: bool = False
 
 
-def _like(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+def like(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """`x` with the mean and standard deviation over its tokens that `reference` has."""
     variance, mean = torch.var_mean(x, -2, keepdim=True)
     wanted_variance, wanted_mean = torch.var_mean(reference, -2, keepdim=True)
@@ -51,7 +51,7 @@ class GroupProcessor:
             def first(x: torch.Tensor) -> torch.Tensor:
                 return x[::size].repeat_interleave(size, 0)
 
-            query, key = _like(query, first(query)), _like(key, first(key))
+            query, key = like(query, first(query)), like(key, first(key))
             key, value = torch.cat([key, first(key)], 2), torch.cat([value, first(value)], 2)
         output = (
             F.scaled_dot_product_attention(query, key, value)
