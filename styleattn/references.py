@@ -80,7 +80,8 @@ class Reference:
     """One source of style, and how much of it goes where and when.
 
     Args:
-        image: a PIL picture or a path; needs a bank (`build_bank`).
+        image: a PIL picture or a path; needs a bank (`build_bank`), or an encoder method, which
+            encodes it at `apply`.
         latents: clean latents [C, h, w] of a picture, or its `styleattn.inversion.Trajectory`;
             needs a bank.
         prompt: what the reference shows. Without image and latents a bank samples it.
@@ -94,6 +95,8 @@ class Reference:
         steps: when: (start, end) fractions of the run, or a curve of weights (they multiply w).
         embeds: an image encoder's output for the picture [...], for encoder methods, in place of
             image.
+        negative: for encoder methods, what unconditional rows see in place of no image: a picture,
+            a path, or embeds.
         prompts: for encoder methods, the positions of the prompts in the call that see it; None for
             all.
 
@@ -110,6 +113,7 @@ class Reference:
     steps: Steps = (0.0, 1.0)
     embeds: Tensor | None = None
     prompts: tuple[int, ...] | None = None
+    negative: Any = None
 
     def __post_init__(self) -> None:
         if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)):

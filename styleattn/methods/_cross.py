@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -68,11 +68,18 @@ class CrossParts:
         segments: further keys in the text's own softmax.
         branches: further softmaxes, added to the text's output with their weights.
         text_weight: factor on the text's branch (number, [B] or [B, N]).
+        loaded_weight: factor on the images of adapters that the pipeline has loaded.
+        apart: further softmaxes whose outputs `after` receives one by one.
+        after: makes a new text's output of it and the outputs apart, each [B, H, N, D], before
+            the branches of any method are added.
     """
 
     segments: tuple[Segment, ...] = ()
     branches: tuple[Branch, ...] = ()
     text_weight: Number = 1.0
+    loaded_weight: Number = 1.0
+    apart: tuple[Branch, ...] = ()
+    after: Callable[[Tensor, tuple[Tensor, ...]], Tensor] | None = None
 
 
 class Adapter(Protocol):
@@ -110,8 +117,9 @@ class EncoderMethod(Protocol):
     def references(self) -> tuple[Reference, ...] | None: ...
     @property
     def adapter(self) -> Any:
-        """The adapter that makes tokens and keys of the references; None for those that are loaded
-        in the pipeline."""
+        """The adapter that makes tokens and keys of the references, or its file; None for those
+        that are loaded in the pipeline: then every call has no prompts, and a gate that may be
+        0."""
         ...
 
     def takes_cross(self, layer: Layer) -> bool:

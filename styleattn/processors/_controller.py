@@ -60,6 +60,7 @@ class Controller:
 
     ours: tuple[type, ...] = OURS
     loaded: tuple[type, ...] = LOADED
+    companions: tuple[tuple[Any, Any], ...] = ()  # further models of the pipeline, their controller
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class Controller:
         now = self.now
         if now is None or self.resting:
             return False
-        return any(not off(_times(e.gate, now.gates[e.method])) for e in site.entries)
+        return any(site.awake(e, _times(e.gate, now.gates[e.method])) for e in site.entries)
 
     def cross_calls(
         self, site: CrossSite, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None

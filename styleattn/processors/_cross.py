@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models import attention_processor as host
 from diffusers.models.attention_processor import (
     Attention,
@@ -22,10 +20,10 @@ from styleattn.methods import Layer
 from styleattn.methods._base import Number, off
 
 from ._attention import FUSED, PLAIN, SCALED, STATE, finish, heads, key_bias, sequence, watched
+from ._prompts import Prompt, on_grid
 
 if TYPE_CHECKING:
     from ._controller import Controller
-    from ._prompts import Prompt
 
 LOADED = tuple(
     getattr(host, name)
@@ -41,11 +39,13 @@ LOADED = tuple(
 
 @dataclass
 class Entry:
-    """One method on one cross-attention layer: its position, its gate, its references' weights."""
+    """One method on one cross-attention layer: its position, its gate, its references' weights, and
+    whether its images are negatives there."""
 
     method: int
     gate: float
     weights: tuple[float, ...]
+    negative: bool = False
 
 
 @dataclass
@@ -73,6 +73,13 @@ class CrossSite:
     def methods(self) -> tuple[int, ...]:
         """The positions of the methods here."""
         return tuple(e.method for e in self.entries)
+
+    def awake(self, entry: Entry, gate: Number) -> bool:
+        """Whether a method has something to do here: show its images, or weigh those of loaded
+        adapters."""
+        if self.controller.methods[entry.method].adapter is None:
+            return isinstance(self.base, LOADED)
+        return not off(gate)
 
     def processor(self, base: Any) -> Any:
         """What stands in for a processor."""
@@ -103,21 +110,29 @@ class CrossSite:
         makes the tokens anew at every step, from embeddings that stay the same."""
         source = self.controller.prompts.source(index)
         found = self.kept.get(("loaded", index))
-        if (
-            found is not None
-            and source is not None
-            and found[0] is source
-            and found[1] == source._version
-            and found[2].shape[0] == tokens.shape[0]
-            and found[2].dtype == tokens.dtype
-        ):
-            return found[2], found[3]
+        if found is not None and source is not None:
+            same = found[0] is source and found[1] is projections and found[2] == source._version
+            like = (tokens.shape[0], tokens.dtype, tokens.device)
+            if same and (found[3].shape[0], found[3].dtype, found[3].device) == like:
+                return found[3], found[4]
         flat = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
         key = heads(attn, projections.to_k_ip[index](flat))
         value = heads(attn, projections.to_v_ip[index](flat))
         if not (torch.compiler.is_compiling() or source is None or key.requires_grad):
-            self.kept["loaded", index] = (source, source._version, key, value)
+            self.kept["loaded", index] = (source, projections, source._version, key, value)
         return key, value
+
+    def mask_weight(self, mask: Tensor, index: int, image: int, query: Tensor) -> Tensor:
+        """[N]: the mask [1, images, h, w] of loaded adapter `index` on this layer's grid, made
+        once."""
+        key = ("mask", index, image, query.shape[2], query.device)
+        found = self.kept.get(key)
+        if found is None or found[0] is not mask or found[1] != mask._version:
+            found = (mask, mask._version, on_grid(mask[0, image], query.shape[2]).to(query.device))
+            if not torch.compiler.is_compiling():
+                self.kept[key] = found
+        weight: Tensor = found[2]
+        return weight
 
 
 class StyleCrossProcessor:
@@ -145,7 +160,7 @@ class StyleCrossProcessor:
         if site is None or encoder_hidden_states is None or not _at_work(site):
             return base(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         return _cross(
-            site, base, attn, hidden_states, encoder_hidden_states, (), attention_mask, temb
+            site, base, attn, hidden_states, encoder_hidden_states, None, attention_mask, temb
         )
 
 
@@ -199,7 +214,7 @@ class StyleIPAdapterProcessor(IPAdapterAttnProcessor2_0):
             )
         text, images = encoder_hidden_states
         loaded = _Loaded(self.base, images, ip_adapter_masks)
-        return _cross(site, self.base, attn, hidden_states, text, (loaded,), attention_mask, temb)
+        return _cross(site, self.base, attn, hidden_states, text, loaded, attention_mask, temb)
 
 
 OURS = (StyleCrossProcessor, StyleIPAdapterProcessor)
@@ -213,13 +228,17 @@ class _Loaded:
     images: Any
     masks: Any
 
-    def branches(self, site: CrossSite, attn: Attention, query: Tensor) -> list[Branch]:
-        """One softmax per adapter; with masks one per image.
+    def branches(
+        self, site: CrossSite, attn: Attention, query: Tensor, factor: Number
+    ) -> list[Branch]:
+        """One softmax per adapter; with masks one per image. All weights times the factor.
 
         Raises:
             ValueError: masks that do not fit the adapters and images.
         """
         masks = self._masks()
+        now = site.controller.now
+        rows = None if now is None else site.controller.prompts.seen(now, query)
         found = []
         for index, (tokens, scale) in enumerate(
             zip(self.images, self.processor.scale, strict=True)
@@ -236,7 +255,7 @@ class _Loaded:
                         f"{site.layer.name}: {len(scales)} scales for the images of IP-Adapter"
                         f" {index}, and no masks: images without masks share one scale"
                     )
-                found.append(Branch((Segment(key, value),), weight=scales[0]))
+                found.append(Branch((Segment(key, value, rows=rows),), weight=scales[0] * factor))
                 continue
             count = tokens.shape[1]
             if mask.ndim != 4 or mask.shape[1] != count or len(scales) not in (1, count):
@@ -244,17 +263,11 @@ class _Loaded:
                     f"{site.layer.name}: IP-Adapter {index} has {count} images, masks"
                     f" {list(mask.shape)} and {len(scales)} scales; masks must be [1, images, h, w]"
                 )
-            each = key.shape[2] // count
             for i in range(count):
-                part = slice(i * each, (i + 1) * each)
-                here = IPAdapterMaskProcessor.downsample(mask[:, i], 1, query.shape[2], 1)
-                weight = here[0, :, 0].to(query.device, torch.float32) * scales[i % len(scales)]
-                found.append(
-                    Branch(
-                        (Segment(key[:, :, part], value[:, :, part]),),
-                        weight=weight.expand(query.shape[0], -1),
-                    )
-                )
+                part = slice(i * key.shape[2] // count, (i + 1) * key.shape[2] // count)
+                segment = Segment(key[:, :, part], value[:, :, part], rows=rows)
+                weight = site.mask_weight(mask, index, i, query) * factor * scales[i % len(scales)]
+                found.append(Branch((segment,), weight=weight.expand(query.shape[0], -1)))
         return found
 
     def _masks(self) -> list[Any]:
@@ -298,26 +311,39 @@ def _cross(
     attn: Attention,
     hidden_states: Tensor,
     text: Tensor,
-    loaded: Sequence[_Loaded],
+    loaded: _Loaded | None,
     attention_mask: Tensor | None,
     temb: Tensor | None,
 ) -> Tensor:
-    """One call of the operation for the text, the loaded adapters and every method here."""
+    """One call of the operation for the text, the loaded adapters and every method here; further
+    ones where a method asks for outputs apart."""
     x, query, key, value = project_cross(attn, hidden_states, text, temb, isinstance(base, FUSED))
     bias = key_bias(site.layer.name, attention_mask, key)
     segments = [Segment(key, value, key_bias=bias)]
-    branches = [b for part in loaded for b in part.branches(site, attn, query)]
+    branches: list[Branch] = []
     text_weight: Number = 1.0
+    loaded_weight: Number = 1.0
+    afters = []
     for method, call in site.controller.cross_calls(site, query, key, value, bias):
         parts = method.cross_parts(call)
+        afters += [(parts.after, parts.apart)] if parts.after is not None else []
         segments += parts.segments
         branches += parts.branches
         text_weight = text_weight * parts.text_weight
-    out = attention(
-        query,
-        (Branch(tuple(segments), weight=text_weight), *branches),
-        softmax_scale=float(attn.scale) if isinstance(base, SCALED) else None,
-        backend=site.controller.backend,
-    )
-    assert isinstance(out, Tensor)
-    return finish(attn, out, x, hidden_states)
+        loaded_weight = loaded_weight * parts.loaded_weight
+    if loaded is not None and not off(loaded_weight):
+        branches = [*loaded.branches(site, attn, query, loaded_weight), *branches]
+
+    def run(*which: Branch) -> Tensor:
+        scale = float(attn.scale) if isinstance(base, SCALED) else None
+        out = attention(query, which, softmax_scale=scale, backend=site.controller.backend)
+        assert isinstance(out, Tensor)
+        return out
+
+    words = Branch(tuple(segments), weight=text_weight)
+    if not afters:
+        return finish(attn, run(words, *branches), x, hidden_states)
+    out = run(words)
+    for after, apart in afters:
+        out = after(out, tuple(run(branch) for branch in apart))
+    return finish(attn, out + run(*branches) if branches else out, x, hidden_states)

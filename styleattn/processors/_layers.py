@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from styleattn.methods.weight_types import WEIGHT_TYPES, weight_type
 from styleattn.references import Layers
 
 PRESETS = ("all", "style", "layout", "late", "style_id")
@@ -30,19 +31,26 @@ def layer_weights(
             deepest: `up_blocks.2` and `.3` of SD1.5, `up_blocks.1` of SDXL) or "style_id" (the
             same, on SDXL without its first attention module); a name, a prefix or an fnmatch
             pattern of names, or several; or diffusers' scale dictionary ({"down": {"block_2":
-            [0, 1]}, "mid": 1, "up": ...}; what it does not name is 0).
+            [0, 1]}, "mid": 1, "up": ...}; what it does not name is 0); a weight type such as "ease
+            in" (`styleattn.methods.WEIGHT_TYPES`); or a dictionary of any of these choices to
+            weights ({"style": 1, "layout": 0.5}), which add up.
         attention: the paths of the attention layers. Every pattern must hit one of them.
         others: further module paths to weigh by the same rule.
 
     Raises:
         ValueError: a choice that selects nothing, or does not fit the model; says what there is.
     """
+    others = tuple(others)
     names = [*attention, *others]
     if isinstance(layers, str) and layers == "all":
         return dict.fromkeys(names, 1.0)
     if isinstance(layers, str) and layers in PRESETS:
         return layer_weights(_preset(layers, attention), attention, others)
+    if isinstance(layers, str) and layers in WEIGHT_TYPES:
+        return weight_type(layers, names)
     if isinstance(layers, Mapping):
+        if layers and not set(layers) & {"down", "mid", "up"}:
+            return _weighted(layers, attention, others)
         return _from_scale_dict(layers, attention, names)
     patterns = [layers] if isinstance(layers, str) else layers
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
@@ -57,6 +65,23 @@ def layer_weights(
                 f"layers: {pattern!r} matches no attention layer; {_what_there_is(attention)}"
             )
     return {name: float(any(_matches(p, name) for p in patterns)) for name in names}
+
+
+def _weighted(
+    layers: Mapping[str, Any], attention: Sequence[str], others: Iterable[str]
+) -> dict[str, float]:
+    total = dict.fromkeys((*attention, *others), 0.0)
+    for choice, scale in layers.items():
+        _check_scale(repr(choice), scale)
+        known = choice in PRESETS or choice in WEIGHT_TYPES
+        if not known and not any(_matches(str(choice), name) for name in attention):
+            raise ValueError(
+                f"layers: unknown part {choice!r}, the parts are down, mid and up; nor is it a"
+                f" preset or the pattern of a layer; {_what_there_is(attention)}"
+            )
+        for name, weight in layer_weights(choice, attention, others).items():
+            total[name] += scale * weight
+    return total
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -137,11 +162,11 @@ def _block(prefix: str, scales: Any, count: int, attention: Sequence[str]) -> di
             f"layers: {prefix} has {count} attention modules, got {len(values)} scales"
         )
     for value in values:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not math.isfinite(value)
-            or value < 0
-        ):
-            raise ValueError(f"layers: {prefix} has {value!r} where a scale >= 0 belongs")
+        _check_scale(prefix, value)
     return {f"{prefix}.attentions.{i}": float(v) for i, v in enumerate(values)}
+
+
+def _check_scale(where: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:
+        raise ValueError(f"layers: {where} has {value!r} where a scale >= 0 belongs")

@@ -3,7 +3,7 @@ brings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from styleattn.methods._base import off
 from styleattn.references import Reference
 
 from ._caller import Caller
+from ._pictures import Eye, adapter_of
 
 if TYPE_CHECKING:
     from ._controller import Controller, Now
@@ -44,13 +45,14 @@ class Prompts:
         of: per method (by position in the controller), its prompts; row methods have none.
     """
 
-    def __init__(self, of: Mapping[int, Sequence[Prompt]]):
+    def __init__(self, of: Mapping[int, Sequence[Prompt | None]]):
         self.of = {i: tuple(prompts) for i, prompts in of.items()}
         self.sources: list[Any] = []
         self._chosen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[Any, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "sources": [], "_chosen": {}}
+        return {**self.__dict__, "sources": [], "_chosen": {}, "_kept": {}}
 
     def calls(
         self,
@@ -64,15 +66,15 @@ class Prompts:
         for entry in site.entries:
             method: Any = controller.methods[entry.method]
             gate, strengths = controller.strengths(entry, now)
-            if off(gate):
+            if off(gate) and method.adapter is not None:
                 continue
             found = []
             for index, prompt in enumerate(self.of.get(entry.method, ())):
-                if off(strengths[index]):
+                if prompt is None or off(strengths[index]):
                     continue
                 keys, values = site.key_value(prompt, query, query.shape[1])
-                rows = torch.tensor(_rows(prompt.reference, now))
-                mask = _mask(prompt.reference.mask, query)
+                rows = self._rows(prompt.reference, now, query, entry.negative)
+                mask = self._mask(prompt.reference.mask, query)
                 found.append(ImagePrompt(keys, values, rows, strengths[index], mask, index))
             numbers = controller.numbers_of(entry.method)
             yield (
@@ -81,6 +83,36 @@ class Prompts:
                     site.layer, query, key, value, key_bias, tuple(found), now.rows, gate, numbers
                 ),
             )
+
+    def seen(self, now: Now, query: Tensor) -> Tensor | None:
+        """int [B]: every row its own images, and none for the rows of a bank; None where there is
+        no bank."""
+        if not now.added:
+            return None
+        count = now.rows.count
+        key = (now.rows, now.added, query.device)
+        return self._once(
+            key, lambda: [-1 if r % count < now.added else r for r in range(query.shape[0])], query
+        )
+
+    def _rows(self, reference: Reference, now: Now, query: Tensor, negative: bool) -> Tensor:
+        key = (reference.prompts, now.rows, now.added, now.each, query.device, negative)
+        return self._once(key, lambda: _rows(reference, now, negative), query)
+
+    def _mask(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
+        if mask is None:
+            return None
+        key = (id(mask), query.shape[2], query.device)
+        return self._once(key, lambda: on_grid(mask, query.shape[2]), query)
+
+    def _once(self, key: Any, make: Callable[[], Any], query: Tensor) -> Tensor:
+        """A small tensor on the query's device, made once; a constant under a compiler."""
+        found = self._kept.get(key)
+        if found is None:
+            found = torch.as_tensor(make()).to(query.device)
+            if not torch.compiler.is_compiling():
+                self._kept[key] = found
+        return found
 
     def source(self, index: int) -> Tensor | None:
         """The embeddings that the host brought for one of its adapters in this call."""
@@ -128,18 +160,26 @@ def prompts_of(
     references: Sequence[Reference],
     sizes: Mapping[str, tuple[int, int]],
     pipe: Any,
-) -> tuple[Prompt, ...]:
+    dtype: torch.dtype = torch.float32,
+    component: str = "unet",
+) -> tuple[Prompt | None, ...]:
     """The prompts of a method's references; none where its images come with the pipeline's call.
 
     Args:
         sizes: cross-attention layers of the model in order, with (heads * head_dim, width of the
             text).
+        dtype: of an adapter that is read from a file.
+        component: of the pipeline; references without an adapter for it have the prompt None.
 
     Raises:
-        ValueError: references without a picture or embeddings, or an adapter without references.
+        ValueError: references without a picture or embeddings, an adapter without references, or
+            pictures without an encoder.
+        FileNotFoundError: no such adapter, picture or encoder.
     """
-    adapter: Any = method.adapter
-    if adapter is None:
+    own = getattr(method, "adapter_of", None)
+    if own is not None and (method.adapter is None or not references):
+        raise ValueError(f"{method.name} needs an adapter, and references to show it")
+    if method.adapter is None:
         if references:
             raise ValueError(
                 f"{method.name} has references but no adapter to make their tokens; without one the"
@@ -148,35 +188,47 @@ def prompts_of(
         return ()
     if not references:
         raise ValueError(f"{method.name} has an adapter but no references to show it")
-    found = []
-    for reference in references:
-        if reference.embeds is None:
-            raise ValueError(
-                f"{method.name}: a reference of an encoder method needs `embeds`, the image"
-                " encoder's output"
-            )
-        embeds = reference.embeds[None]
+    adapter = adapter_of(method, sizes, dtype)
+    found: list[Prompt | None] = []
+    for index, reference in enumerate(references):
+        if own is not None:
+            adapter = own(index, component)
+        if adapter is None and component != "unet":
+            found.append(None)
+            continue
+        if adapter is None:
+            raise ValueError(f"{method.name}: its adapter lacks one for reference {index}")
+        eye = Eye(method, adapter, pipe)
+        embeds = eye.embeds(reference)
+        pair = torch.stack([eye.negative(reference, embeds), embeds])
         with torch.no_grad():
-            tokens = adapter.tokens(torch.cat([adapter.negative(embeds), embeds]))
+            tokens = adapter.tokens(_beside(adapter, pair))
         found.append(Prompt(adapter, tokens, reference))
     return tuple(found)
 
 
-def _rows(reference: Reference, now: Now) -> list[int]:
-    """For every row of the call, the row of a prompt's tokens that it sees."""
+def _beside(adapter: Any, x: Tensor) -> Tensor:
+    """x where the adapter's weights are."""
+    weight = next(adapter.parameters(), None) if isinstance(adapter, torch.nn.Module) else None
+    return x if weight is None else x.to(weight.device)
+
+
+def _rows(reference: Reference, now: Now, negative: bool) -> list[int]:
+    """For every row of the call, the row of a prompt's tokens that it sees: unconditional rows the
+    one without the image, others the one with it. As a negative the image is seen by unconditional
+    rows and by no others; without unconditional rows by none."""
     rows, found = now.rows, []
     for chunk in range(rows.chunks):
         nothing = bool(rows.unconditional) and rows.unconditional[chunk]
+        shown = (1 if nothing else -1) if negative else (0 if nothing else 1)
         for row in range(rows.count):
             prompt = (row - now.added) // now.each
             seen = row >= now.added and (reference.prompts is None or prompt in reference.prompts)
-            found.append((0 if nothing else 1) if seen else -1)
+            found.append(shown if seen else -1)
     return found
 
 
-def _mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """A mask on a layer's grid, [N], resized as diffusers resizes it."""
-    if mask is None:
-        return None
-    small = IPAdapterMaskProcessor.downsample(mask[None].float(), 1, query.shape[2], 1)
-    return small[0, :, 0].to(query.device)
+def on_grid(mask: Tensor, tokens: int) -> Tensor:
+    """A mask [h, w] on a layer's grid, [N], resized as diffusers resizes it (bicubic: it may leave
+    [0, 1])."""
+    return IPAdapterMaskProcessor.downsample(mask[None].float(), 1, tokens, 1)[0, :, 0]

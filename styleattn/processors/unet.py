@@ -15,12 +15,13 @@ from styleattn.references import Reference, StyleBank
 
 from ._attention import REPLACEABLE, STATE, Site
 from ._controller import OURS, Controller
-from ._cross import LOADED, CrossSite, Entry
+from ._cross import CrossSite, Entry
 from ._layers import layer_weights
 from ._prompts import Prompts, prompts_of
 
 SUPPORTED = "UNet2DConditionModel (pipelines of Stable Diffusion 1.x, 2.x and XL)"
 COMPONENT = "unet"
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TAKES = (Method, EncoderMethod)
 
 
@@ -68,9 +69,10 @@ def plan(
         _check_bank(model, bank)
     cross = cross_attention_layers(model)
     sizes = {n: (a.inner_dim, a.cross_attention_dim) for n, a in cross.items()}
+    dtype = model.dtype if model.dtype in FLOATS else torch.float32
     prompts = Prompts(
         {
-            i: prompts_of(m, references[i], sizes, pipe)
+            i: prompts_of(m, references[i], sizes, pipe, dtype)
             for i, m in enumerate(methods)
             if isinstance(m, EncoderMethod)
         }
@@ -118,21 +120,23 @@ def _plan_cross(
     references = controller.references[i]
     gates = layer_weights(method.layers, list(layers))
     weights = [layer_weights(r.layers, list(layers)) for r in references]
+    chosen = getattr(method, "negative_layers", None)
+    negatives = (
+        dict.fromkeys(layers, 0.0) if chosen is None else layer_weights(chosen, list(layers))
+    )
     sites = {id(attn): site for attn, site in controller.sites}
     for index, (name, attn) in enumerate(layers.items()):
         layer = Layer(name, index, len(layers))
         mine = tuple(r.weight * w[name] for r, w in zip(references, weights, strict=True))
-        if not gates[name] or not method.takes_cross(layer):
+        if not method.takes_cross(layer) or not (gates[name] or method.adapter is None):
             continue
         base = _base(name, attn, CrossSite.replaceable)
-        if method.adapter is None and not isinstance(base, LOADED):
-            continue
         site = sites.get(id(attn))
         if site is None:
             site = CrossSite(controller, layer, [], base)
             controller.sites.append((attn, site))
         if isinstance(site, CrossSite):
-            site.entries.append(Entry(i, gates[name], mine))
+            site.entries.append(Entry(i, gates[name], mine, bool(negatives[name])))
 
 
 def _add_site(controller: Controller, attn: Attention, site: Site) -> None:
