@@ -197,3 +197,57 @@ LDM_BLOCKS = {  # where the latent-diffusion code has the attention modules of S
     "middle_block.1": "mid_block.attentions.0",
     **{f"output_blocks.{i}.1": f"up_blocks.{i // 3}.attentions.{i % 3}" for i in range(3, 12)},
 }  # fmt: skip
+
+
+def xlabs(blocks: int, clip: int, inner: int, out: int, tokens: int) -> Shapes:
+    one = base(clip, out, tokens)
+    shapes = {f"ip_adapter_proj_model.{k.removeprefix('image_proj.')}": v for k, v in one.items()}
+    for i in range(blocks):
+        for x in "kv":
+            stem = f"double_blocks.{i}.processor.ip_adapter_double_stream_{x}_proj."
+            shapes |= {f"{stem}weight": (inner, out), f"{stem}bias": (inner,)}
+    return shapes
+
+
+def instantx(blocks: int, embed: int, inner: int, out: int, tokens: int) -> Shapes:
+    shapes: Shapes = {
+        "image_proj.proj.0.weight": (2 * embed, embed),
+        "image_proj.proj.0.bias": (2 * embed,),
+        "image_proj.proj.2.weight": (tokens * out, 2 * embed),
+        "image_proj.proj.2.bias": (tokens * out,),
+        "image_proj.norm.weight": (out,),
+        "image_proj.norm.bias": (out,),
+    }
+    pair = {f"ip_adapter.{i}.to_{x}_ip.weight": (inner, out) for i in range(blocks) for x in "kv"}
+    return {**shapes, **pair}
+
+
+def _three_linears(stem: str, into: int, width: int, out: int) -> Shapes:
+    shapes: Shapes = {}
+    for i, (a, b) in {0: (into, width), 3: (width, width), 6: (width, out)}.items():
+        shapes |= {f"{stem}{i}.weight": (b, a), f"{stem}{i}.bias": (b,)}
+    for i in (1, 4):
+        shapes |= {f"{stem}{i}.weight": (width,), f"{stem}{i}.bias": (width,)}
+    return shapes
+
+
+def pulid(
+    count: int, face: int, vision: int, dim: int, queries: int, out: int, image: int, heads: int
+) -> Shapes:
+    """pulid_flux_v0.9.x; `heads` of 64 in the encoder, and of 128 in the cross-attentions."""
+    shapes: Shapes = {"latents": (1, queries, dim), "proj_out": (dim, out)}
+    for i in range(10):
+        layer = attention_and_mlp(dim, heads * 64)
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+    for i in range(5):
+        shapes |= _three_linears(f"mapping_{i}.", vision, vision, dim)
+    shapes |= _three_linears("id_embedding_mapping.", face, vision, 5 * dim)
+    shapes = {f"pulid_encoder.{k}": v for k, v in shapes.items()}
+    for i in range(count):
+        stem = f"pulid_ca.{i}."
+        for name, width in (("norm1", out), ("norm2", image)):
+            shapes |= {f"{stem}{name}.weight": (width,), f"{stem}{name}.bias": (width,)}
+        shapes[f"{stem}to_q.weight"] = (heads * 128, image)
+        shapes[f"{stem}to_kv.weight"] = (2 * heads * 128, out)
+        shapes[f"{stem}to_out.weight"] = (image, heads * 128)
+    return shapes

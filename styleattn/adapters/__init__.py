@@ -2,9 +2,13 @@
 
 from ._adapter import Encoder, HostLayer, ImageAdapter, KeyValue, checkpoint_order
 from ._files import read_tensors
+from .content import subtract_content
 from .csgo import CSGO, load_csgo
 from .deadiff import DEADiff, load_deadiff
+from .flux_ip_adapter import flux_order, load_flux_ip_adapter
 from .ip_adapter import ip_adapter_from, load_ip_adapter
+from .pulid import PuLID, load_pulid
+from .redux import Redux, load_redux
 from .styleshot import load_styleshot
 
 __all__ = [
@@ -14,11 +18,18 @@ __all__ = [
     "HostLayer",
     "ImageAdapter",
     "KeyValue",
+    "PuLID",
+    "Redux",
     "checkpoint_order",
+    "flux_order",
     "ip_adapter_from",
     "load_csgo",
     "load_deadiff",
+    "load_flux_ip_adapter",
     "load_ip_adapter",
+    "load_pulid",
+    "load_redux",
     "load_styleshot",
     "read_tensors",
+    "subtract_content",
 ]

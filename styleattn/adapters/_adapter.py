@@ -69,6 +69,13 @@ def clip(
     return Encoder(tower, width, output, layer, crop=crop, blank=blank)
 
 
+def siglip(width: int, output: Literal["pooled", "last"]) -> Encoder:
+    """SigLIP so400m/14 at 384 pixels, pictures resized without a crop to [-1, 1]."""
+    half = (0.5, 0.5, 0.5)
+    tower = "SigLIP so400m/14-384"
+    return Encoder(tower, width, output, None, 384, half, half, crop=False)
+
+
 class HostLayer(NamedTuple):
     """An attention layer of a host: the module's path, the width heads * D of its keys, and the
     width of what they are projected from."""

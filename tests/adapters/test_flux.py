@@ -1,0 +1,260 @@
+"""FLUX adapters: XLabs and Redux against diffusers, the others against their formulas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from styleattn.adapters import (
+    flux_order,
+    load_flux_ip_adapter,
+    load_pulid,
+    load_redux,
+    subtract_content,
+)
+from styleattn.adapters._adapter import clip
+from styleattn.errors import Invalid
+from styleattn.inversion import FileRefused
+
+HEAD, INNER, TEXT = 16, 32, 24
+LAYERS = [(f"transformer_blocks.{i}.attn", INNER, TEXT) for i in range(2)]
+LAYERS += [(f"single_transformer_blocks.{i}.attn", INNER, TEXT) for i in range(11)]
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def linear(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
+    bias = w.get(f"{name}.bias")
+    return x @ w[f"{name}.weight"].T + (0 if bias is None else bias)
+
+
+def norm(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
+
+
+def transformer() -> Any:
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        num_layers=2, num_single_layers=2, attention_head_dim=HEAD, num_attention_heads=2,
+        joint_attention_dim=TEXT, pooled_projection_dim=8, in_channels=4, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_xlabs_is_what_diffusers_loads(tmp_path: Path) -> None:
+    from diffusers.loaders import FluxIPAdapterMixin
+
+    tensors = checkpoints.noise(checkpoints.xlabs(2, 20, INNER, TEXT, 4))
+    save_file(tensors, tmp_path / "x.safetensors")
+    ours = load_flux_ip_adapter(tmp_path / "x.safetensors", LAYERS[::-1])
+
+    class Pipe(FluxIPAdapterMixin):
+        def __init__(self) -> None:
+            self.transformer = transformer()
+
+    pipe = Pipe()
+    pipe.load_ip_adapter(str(tmp_path), "x.safetensors", low_cpu_mem_usage=False)
+    embeds = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
+    (expected,) = pipe.transformer.encoder_hid_proj([embeds[:, None]])
+    tokens = ours.tokens(embeds)
+    close(tokens, expected.flatten(1, 2))
+    assert ours.kind == "flux-xlabs"
+    assert set(ours.layers) == {LAYERS[0][0], LAYERS[1][0]}  # double blocks only
+    for i in range(2):
+        processor = pipe.transformer.transformer_blocks[i].attn.processor
+        key, value = ours.key_value(LAYERS[i][0], tokens)
+        close(key, processor.to_k_ip[0](tokens))
+        close(value, processor.to_v_ip[0](tokens))
+    # the layout into which diffusers renames it
+    renamed = {}
+    for name, x in tensors.items():
+        new = name.replace("ip_adapter_proj_model.", "image_proj.")
+        new = new.replace("double_blocks.", "ip_adapter.").replace("processor.", "")
+        renamed[new.replace("ip_adapter_double_stream_", "to_").replace("_proj.", "_ip.", 1)
+                if "stream" in new else new] = x  # fmt: skip
+    save_file(renamed, tmp_path / "y.safetensors")
+    again = load_flux_ip_adapter(tmp_path / "y.safetensors", LAYERS)
+    assert torch.equal(again.tokens(embeds), tokens)
+    assert torch.equal(again.key_value(LAYERS[1][0], tokens)[1], value)
+
+
+@pytest.mark.parametrize("tokens", [4, 16, 128])
+def test_any_number_of_tokens_is_taken(tmp_path: Path, tokens: int) -> None:
+    save_file(
+        checkpoints.noise(checkpoints.xlabs(2, 20, INNER, TEXT, tokens)), tmp_path / "x.safetensors"
+    )
+    adapter = load_flux_ip_adapter(tmp_path / "x.safetensors", LAYERS)
+    assert adapter.tokens(torch.randn(2, 20)).shape == (2, tokens, TEXT)
+    with pytest.raises(Invalid, match=r"projected embedding of .* for a black picture"):
+        adapter.negative(torch.randn(2, 20))
+    adapter.blank = torch.randn(20)
+    assert torch.equal(adapter.negative(torch.randn(2, 20))[1], adapter.blank)
+
+
+def test_instantx_normalises_keys_and_values_per_head(tmp_path: Path) -> None:
+    """Trap 15."""
+    tensors = checkpoints.noise(checkpoints.instantx(13, 20, INNER, TEXT, 7))
+    torch.save(checkpoints.nested(tensors, ("image_proj", "ip_adapter")), tmp_path / "ip.bin")
+    adapter = load_flux_ip_adapter(tmp_path / "ip.bin", LAYERS[::-1], head_dim=HEAD)
+    embeds = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
+    w = {k.removeprefix("image_proj."): v for k, v in tensors.items()}
+    hidden = F.gelu(linear(embeds, w, "proj.0"))
+    expected = norm(linear(hidden, w, "proj.2").reshape(3, 7, TEXT), w, "norm")
+    tokens = adapter.tokens(embeds)
+    close(tokens, expected)
+    assert (adapter.kind, len(adapter.layers)) == ("flux-instantx", 13)
+    for i, (name, _, _) in enumerate(LAYERS):  # double blocks, then single, as numbers
+        for x, ours in zip("kv", adapter.key_value(name, tokens), strict=True):
+            y = (expected @ tensors[f"ip_adapter.{i}.to_{x}_ip.weight"].T).reshape(3, 7, 2, HEAD)
+            close(ours, (y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2))
+
+
+@pytest.mark.parametrize("make", ["xlabs", "instantx"])
+def test_bad_flux_files_are_refused(tmp_path: Path, make: str) -> None:
+    blocks = {"xlabs": 2, "instantx": 13}[make]
+    tensors = checkpoints.noise(getattr(checkpoints, make)(blocks, 20, INNER, TEXT, 4))
+    path = tmp_path / "x.safetensors"
+    for name in tensors:
+        save_file({k: v for k, v in tensors.items() if k != name}, path)
+        with pytest.raises(FileRefused, match=f"flux-{make} .*\n    missing 1: {name}$"):
+            load_flux_ip_adapter(path, LAYERS, head_dim=HEAD)
+    save_file({**tensors, name: torch.ones(3, 7), "x": torch.ones(1)}, path)
+    with pytest.raises(FileRefused, match=rf"unexpected 1: x\n.*wrong 1: {name} is \[3, 7\]"):
+        load_flux_ip_adapter(path, LAYERS, head_dim=HEAD)
+    with pytest.raises(ValueError, match=r"no layers of a FLUX transformer: down\.attn1 of 1"):
+        flux_order([("down.attn1", 8, 8)])
+
+
+def test_flux_layers_are_counted_double_then_single() -> None:
+    layers = [(f"transformer_blocks.{i}.attn", 3072, 4096) for i in range(19)]
+    layers += [(f"single_transformer_blocks.{i}.attn", 3072, 4096) for i in range(38)]
+    assert [x.name for x in flux_order(sorted(layers))] == [name for name, _, _ in layers]
+
+
+@torch.no_grad()
+def test_redux_is_diffusers(tmp_path: Path) -> None:
+    from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+
+    theirs = ReduxImageEncoder(redux_dim=12, txt_in_features=8)
+    state = {k: v.contiguous() for k, v in theirs.state_dict().items()}
+    save_file(state, tmp_path / "redux.safetensors")
+    redux = load_redux(tmp_path / "redux.safetensors")
+    embeds = torch.randn(2, 9, 12)
+    close(redux.tokens(embeds), theirs(embeds).image_embeds)
+    assert redux.encoder.image_size == 384
+    with pytest.raises(Invalid, match=r"last hidden state of SigLIP .* width 12"):
+        redux.tokens(torch.randn(2, 12))
+    for name in state:
+        save_file({k: v for k, v in state.items() if k != name}, tmp_path / "bad.safetensors")
+        with pytest.raises(FileRefused, match=f"not a Redux projector:\n    missing 1: {name}$"):
+            load_redux(tmp_path / "bad.safetensors")
+
+
+FACE, VISION, DIM, QUERIES, OUT, IMAGE = 10, 12, 24, 6, 20, 28
+PULID = checkpoints.pulid(4, FACE, VISION, DIM, QUERIES, OUT, IMAGE, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    p = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
+    return (p @ v).transpose(1, 2).flatten(-2)
+
+
+def mapping(x: Tensor, w: dict[str, Tensor], stem: str) -> Tensor:
+    for i in (0, 3):
+        x = F.leaky_relu(norm(linear(x, w, f"{stem}.{i}"), w, f"{stem}.{i + 1}"), 0.01)
+    return linear(x, w, f"{stem}.6")
+
+
+def identity(tensors: dict[str, Tensor], face: Tensor, vision: list[Tensor]) -> Tensor:
+    """IDFormer written out: the identity's own tokens join both the context and the latents."""
+    w = {k.removeprefix("pulid_encoder."): v for k, v in tensors.items()}
+    own = mapping(face, w, "id_embedding_mapping").reshape(-1, 5, DIM)
+    x = torch.cat((w["latents"].expand(len(face), -1, -1), own), 1)
+    for i in range(10):
+        a, f = f"layers.{i}.0", f"layers.{i}.1"
+        context = torch.cat((own, mapping(vision[i // 2], w, f"mapping_{i // 2}")), 1)
+        inner = norm(x, w, f"{a}.norm2")
+        both = torch.cat((norm(context, w, f"{a}.norm1"), inner), 1)
+        k, v = linear(both, w, f"{a}.to_kv").chunk(2, -1)
+        x = x + linear(attend(linear(inner, w, f"{a}.to_q"), k, v, 2), w, f"{a}.to_out")
+        x = x + linear(F.gelu(linear(norm(x, w, f"{f}.0"), w, f"{f}.1")), w, f"{f}.3")
+    return x[:, :QUERIES] @ w["proj_out"]
+
+
+@torch.no_grad()
+def test_pulid_is_the_formula(tmp_path: Path) -> None:
+    tensors = checkpoints.noise(PULID)
+    save_file(tensors, tmp_path / "pulid.safetensors")
+    pulid = load_pulid(tmp_path / "pulid.safetensors", double=3, single=5)
+    face, vision = torch.randn(2, FACE), [torch.randn(2, 7, VISION) for _ in range(5)]
+    tokens = pulid.tokens(face, vision)
+    close(tokens, identity(tensors, face, vision))
+    zero = pulid.tokens(*pulid.negative(face, vision))
+    assert zero.abs().min() > 0  # trap 19: no identity is not zero
+    close(zero, identity(tensors, face * 0, [v * 0 for v in vision]))
+    assert pulid.places(3, 5) == {
+        **{"transformer_blocks.0": 0, "transformer_blocks.2": 1},
+        **{"single_transformer_blocks.0": 2, "single_transformer_blocks.4": 3},
+    }
+    image = torch.randn(2, 9, IMAGE)
+    for i in range(4):
+        w = {k.removeprefix(f"pulid_ca.{i}."): v for k, v in tensors.items()}
+        k, v = linear(norm(tokens, w, "norm1"), w, "to_kv").chunk(2, -1)
+        q = linear(norm(image, w, "norm2"), w, "to_q")
+        expected = linear(attend(q, k, v, 2), w, "to_out")
+        close(pulid.pulid_ca[i](tokens, image), expected)
+        out = F.scaled_dot_product_attention(pulid.query(i, image), *pulid.key_value(i, tokens))
+        close(pulid.out(i, out), expected)
+
+
+def test_bad_pulid_files_and_faces_are_refused(tmp_path: Path) -> None:
+    tensors = checkpoints.noise(PULID)
+    path = tmp_path / "pulid.safetensors"
+    for name in list(tensors)[::29]:
+        save_file({k: v for k, v in tensors.items() if k != name}, path)
+        with pytest.raises(FileRefused, match=f"3 double and 5 single .*\n    missing 1: {name}$"):
+            load_pulid(path, double=3, single=5)
+        save_file({**tensors, name: torch.ones(3, 7)}, path)
+        with pytest.raises(FileRefused, match=rf"blocks:\n    wrong 1: {name} is \[3, 7\], not"):
+            load_pulid(path, double=3, single=5)
+    save_file(tensors, path)
+    with pytest.raises(FileRefused, match=r"missing 112: pulid_ca\.4\.norm1\.weight"):
+        load_pulid(path)
+    pulid = load_pulid(path, double=3, single=5, dtype=torch.bfloat16)
+    assert {p.dtype for p in pulid.parameters()} == {torch.bfloat16}
+    with pytest.raises(Invalid) as caught:
+        pulid.tokens(torch.randn(2, 9), [torch.randn(2, 7, VISION)] * 4)
+    assert caught.value.reasons == (
+        "face must be [R, 10]",
+        "vision must be 5 tensors [R, S, 12], R as in face",
+    )
+    with pytest.raises(ValueError, match="want 20 cross-attentions; there are 4"):
+        pulid.places()
+
+
+def test_content_is_subtracted_as_it_is() -> None:
+    embeds, content = torch.randn(3, 8), torch.randn(8)
+    close(subtract_content(embeds, content, scale=0.5), embeds - 0.5 * content)
+    close(subtract_content(embeds, content[None]), embeds - content)
+    each = torch.randn(3, 8)
+    close(subtract_content(embeds, each, encoder=clip(8, "embeds", "zeros")), embeds - each)
+    assert torch.equal(subtract_content(embeds, content, scale=0.0), embeds)
+    with pytest.raises(Invalid) as caught:
+        subtract_content(
+            embeds, torch.randn(2, 8), scale=float("nan"), encoder=clip(9, "hidden", "grey")
+        )
+    assert len(caught.value.reasons) == 3
+    with pytest.raises(Invalid, match="not hidden states"):
+        subtract_content(torch.randn(3, 4, 8), content)
