@@ -136,3 +136,53 @@ def style_aligned(
         )
 
     return edit
+
+
+def angles(ids, axes=(4, 4, 8), theta=10000.0):
+    """cos and sin [N, D] of positions [N, 3], in float64."""
+    parts = []
+    for axis, dim in enumerate(axes):
+        frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        parts.append(ids[:, axis : axis + 1].double() * frequency)
+    angle = torch.cat(parts, 1).repeat_interleave(2, 1)
+    return angle.cos(), angle.sin()
+
+
+def aligned_gen(
+    grid, queries=True, keys=True, offset=(0, 1), scale=1.1, layers=(2, 3), reference=0
+):
+    """AlignedGen on a grid of image tokens: AdaIN before the rotation, the reference's keys moved.
+
+    `scale`: a number, or a function of the number of the layer call.
+    """
+    calls = []
+
+    def edit(layer, q, k, v, rotary, text):
+        batch, _, length, _ = q.shape
+        number = scale(len(calls)) if callable(scale) else scale
+        calls.append(layer)
+        bias = torch.zeros(batch, 1, length, length)
+        if layer not in layers:
+            return turn(q, rotary), turn(k, rotary), v, bias
+        rows = [reference] * batch
+        image = slice(text, None)
+        theirs = k[rows][:, :, image]
+        q, k = q.clone(), k.clone()
+        if queries:
+            q[:, :, image] = to_statistics_of(q[:, :, image], rows)
+        if keys:
+            k[:, :, image] = to_statistics_of(k[:, :, image], rows)
+        ids = torch.zeros(*grid, 3)
+        ids[..., 1] = torch.arange(grid[0])[:, None] + offset[0] * grid[0]
+        ids[..., 2] = torch.arange(grid[1])[None] + offset[1] * grid[1]
+        theirs = turn(theirs, angles(ids.flatten(0, 1))) * number
+        more = torch.zeros(batch, 1, length, length - text)
+        more[reference] = -torch.inf
+        return (
+            turn(q, rotary),
+            torch.cat([turn(k, rotary), theirs], 2),
+            torch.cat([v, v[rows][:, :, image]], 2),
+            torch.cat([bias, more], -1),
+        )
+
+    return edit

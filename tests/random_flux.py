@@ -160,6 +160,28 @@ def fill() -> Any:
     return pipe
 
 
+PROMPTS = ("a toy train", "a cat", "a house on a hill")
+
+
+def run(
+    pipe: Any, prompts: Any = PROMPTS, *, steps: int = 3, size: int = 16, **arguments: Any
+) -> Any:
+    """A pipeline call with fixed noise and 16 text tokens, latents out."""
+    count = len(arguments["prompt_embeds"]) if prompts is None else len(prompts)
+    count *= arguments.get("num_images_per_prompt", 1)
+    noise = torch.randn(count, (size // 2) ** 2, 4, generator=torch.Generator().manual_seed(0))
+    return pipe(
+        prompts if prompts is None else list(prompts),
+        latents=noise,
+        height=size,
+        width=size,
+        max_sequence_length=16,
+        num_inference_steps=steps,
+        output_type="latent",
+        **arguments,
+    ).images
+
+
 def inputs(batch: int = 1, text: int = 7, grid: tuple[int, int] = (3, 4), seed: int = 0) -> Any:
     """Arguments of a transformer call."""
     generator = torch.Generator().manual_seed(seed)

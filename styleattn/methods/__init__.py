@@ -6,7 +6,9 @@ from ._base import Layer, Method, NormCall, Rows, SelfCall
 from ._cross import Adapter, CrossCall, CrossParts, EncoderMethod, ImagePrompt
 from ._facts import Facts
 from ._joint import ContextMethod, JointCall, JointMethod
+from .aligned_gen import AlignedGen
 from .ip_adapter import IPAdapter
+from .redux import Redux
 from .style_aligned import StyleAligned
 from .style_injection import StyleID
 
@@ -14,6 +16,8 @@ _ALL = (
     StyleAligned,
     StyleID,
     IPAdapter,
+    AlignedGen,
+    Redux,
 )
 METHODS: dict[str, type[Any]] = {m.name: m for m in _ALL}
 """Every method by the name that settings and the command line use."""
@@ -21,6 +25,7 @@ METHODS: dict[str, type[Any]] = {m.name: m for m in _ALL}
 __all__ = [
     "METHODS",
     "Adapter",
+    "AlignedGen",
     "ContextMethod",
     "CrossCall",
     "CrossParts",
@@ -33,6 +38,7 @@ __all__ = [
     "Layer",
     "Method",
     "NormCall",
+    "Redux",
     "Rows",
     "SelfCall",
     "StyleAligned",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from styleattn.attention import attention
 from styleattn.branch import Affine, Branch, Segment
-from styleattn.references import Layers, Reference, Steps
+from styleattn.references import Layers, Reference, Steps, check_steps
 
-from ._base import Layer, Number, Rows, log
+from ._base import Layer, Number, Rows, Settings, log
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin [N, D] of every token, the two channels of a pair side by side and alike."""
@@ -82,7 +83,9 @@ class JointCall:
         masks: per reference [N], the share of it that each image token may see, or None.
         runs: per reference the name of the run that carries it, or None for one that is a row.
         serves: per reference the rows [B] of its run (-1: the row does not see it), or None.
-        time: noise level of the step in [0, 1], where the method asked for it.
+        time: noise level of the step, 1 to 0.
+        rotary_at: the positions of the image tokens, moved down and right by so many heights and
+            widths of the image.
         backend: a name, or None for the best that can run.
     """
 
@@ -96,6 +99,7 @@ class JointCall:
     runs: tuple[str | None, ...] = ()
     serves: tuple[Tensor | None, ...] = ()
     time: Number = 1.0
+    rotary_at: Callable[[tuple[float, float]], Rotary | None] = lambda offset: None
     backend: str | None = None
 
 
@@ -136,6 +140,44 @@ class ContextMethod(JointMethod, Protocol):
     def weighed(self, tokens: Tensor, strength: Number) -> Tensor:
         """The tokens as they enter the model at a strength."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointSettings(Settings):
+    """Base of frozen dataclasses for joint attention, with the fields `layers`, `steps` and
+    `references`."""
+
+    references: tuple[Reference, ...] | None = None
+
+    def _check(self, *numbers: str) -> list[str]:
+        """Put steps and references into their plain form; everything that is wrong with them and
+        with the numbers."""
+        reasons = []
+        for knob in numbers:
+            value = getattr(self, knob)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                reasons.append(f"{knob} must be a number, got {value!r}")
+            elif not math.isfinite(value):
+                reasons.append(f"{knob} must be finite, got {value}")
+        try:
+            object.__setattr__(self, "steps", check_steps("steps", getattr(self, "steps")))  # noqa: B009
+        except ValueError as error:
+            reasons.append(str(error))
+        references: Any = self.references
+        if isinstance(references, (list, Reference)):
+            references = (references,) if isinstance(references, Reference) else tuple(references)
+            object.__setattr__(self, "references", references)
+        if references is not None and not (
+            isinstance(references, tuple)
+            and references
+            and all(isinstance(r, Reference) for r in references)
+        ):
+            reasons.append("references must be a non-empty tuple of Reference, or None")
+        return reasons
+
+    def _refuse(self, reasons: Sequence[str]) -> None:
+        if reasons:
+            raise ValueError(f"{type(self).__name__}: " + "; ".join(reasons))
 
 
 def rotated(x: Tensor, rotary: Rotary | None) -> Tensor:
@@ -223,12 +265,13 @@ def _per_query(bias: Number, query: Tensor) -> Tensor:
     return (wide[:, None] if wide.ndim == 1 else wide).expand(query.shape[0], query.shape[2])
 
 
-def seen_by(call: JointCall, reference: int, part: str) -> Number:
+def seen_by(call: JointCall, reference: int, part: str, strength: Number | None = None) -> Number:
     """log of what the queries of a run see of a reference: its strength, times its mask.
 
     An image token has its own share of the mask, any other token, which has no place, the mean.
     """
-    strength, mask = log(call.strengths[reference]), call.masks[reference]
+    strength = log(call.strengths[reference] if strength is None else strength)
+    mask = call.masks[reference]
     if mask is None:
         return strength
     share = torch.log(mask if part == "image" else mask.mean().reshape(1))

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from styleattn.attention import attention, shared_attention
-from styleattn.branch import Affine, Branch, Segment
+from styleattn.branch import Branch, Segment
 from styleattn.references import Layers, Reference, Steps, check_steps
-from styleattn.statistics import TokenStats, adain_affine, token_stats
+from styleattn.statistics import TokenStats
 
-from ._base import Layer, NormCall, Number, Rows, SelfCall, Settings, log, off
+from ._adain import adain, centred
+from ._base import Layer, NormCall, Number, SelfCall, Settings, log, off
 from ._facts import Facts
 from ._joint import JointCall, Parts, seen_by
 
@@ -28,7 +29,6 @@ _FLAGS = (
     "full_attention_share",
     "control_reference",
 )
-_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,9 @@ class StyleAligned(Settings):
 
     def _several(self, call: SelfCall) -> Tensor:
         """Any number of references, weights, masks and key biases."""
-        query_affine, _ = _adain(self.adain_queries, call.query, call)
-        key_affine, key_stats = _adain(self.adain_keys, call.key, call)
-        value_affine, _ = _adain(self.adain_values, call.value, call)
+        query_affine, _ = adain(self.adain_queries, call.query, call)
+        key_affine, key_stats = adain(self.adain_keys, call.key, call)
+        value_affine, _ = adain(self.adain_values, call.value, call)
         own = Segment(
             call.key,
             call.value,
@@ -191,7 +191,7 @@ class StyleAligned(Settings):
             if off(strength):
                 continue
             rows = torch.tensor(call.rows.serving(r))
-            centre = _centre(key_stats, rows, call.key)
+            centre = centred(key_stats, rows, call.key)
             bias = call.numbers["shared_score_shift"] + log(strength)
             mask = call.masks[r]
             segments.append(
@@ -245,9 +245,9 @@ class StyleAligned(Settings):
                 name: part.with_segments(self._whole_batch(call, own, name))
                 for name, part in parts.items()
             }
-        query_affine, _ = _adain(self.adain_queries, image.query, call)
-        key_affine, key_stats = _adain(self.adain_keys, own.key, call)
-        value_affine, _ = _adain(self.adain_values, own.value, call)
+        query_affine, _ = adain(self.adain_queries, image.query, call)
+        key_affine, key_stats = adain(self.adain_keys, own.key, call)
+        value_affine, _ = adain(self.adain_values, own.value, call)
         changed = {}
         for name, part in parts.items():
             part = part.changed("image", key_affine=key_affine, value_affine=value_affine)
@@ -270,7 +270,7 @@ class StyleAligned(Settings):
                 own.key,
                 own.value,
                 rows=rows,
-                key_affine=_centre(stats, rows, own.key),
+                key_affine=centred(stats, rows, own.key),
                 logit_scale=call.numbers["shared_score_scale"],
                 logit_bias=call.numbers["shared_score_shift"] + seen_by(call, r, part),
                 key_bias=own.key_bias,
@@ -341,46 +341,3 @@ def _attend(call: SelfCall, branch: Branch) -> Tensor:
     out = attention(call.query, (branch,), softmax_scale=call.softmax_scale, backend=call.backend)
     assert isinstance(out, Tensor)
     return out
-
-
-def _adain(
-    wanted: bool, x: Tensor, call: SelfCall | JointCall
-) -> tuple[Affine | None, TokenStats | None]:
-    """AdaIN of every row to its references, the identity on references; and the statistics of x."""
-    if not wanted:
-        return None, None
-    own = token_stats(x, eps=_EPS, backend=call.backend)
-    target = _aim(own, call.rows, call.strengths)
-    affine = adain_affine(own, target)
-    plain = torch.tensor(call.rows.is_reference(), device=x.device)[:, None, None]
-    scale = torch.where(plain, torch.ones_like(affine.scale), affine.scale)
-    shift = torch.where(plain, torch.zeros_like(affine.shift), affine.shift)
-    return Affine(scale, shift, own.mean), own
-
-
-def _centre(stats: TokenStats | None, rows: Tensor, key: Tensor) -> Affine | None:
-    """The identity with the means of what it maps: half precision folds lose nothing by it."""
-    if stats is None or key.dtype not in (torch.float16, torch.bfloat16):
-        return None
-    mean = stats.mean.index_select(0, rows.clamp(min=0).to(key.device))
-    return Affine(torch.ones_like(mean), torch.zeros_like(mean), mean)
-
-
-def _aim(own: TokenStats, rows: Rows, strengths: tuple[Number, ...]) -> TokenStats:
-    """The statistics AdaIN aims at: the references' by weight, the rest to 1 the row's own."""
-    total = sum(strengths)
-    if isinstance(total, Tensor):
-        whole: Number = total.clamp(min=1.0)
-        rest: Number = (1.0 - total).clamp(min=0.0)
-    else:
-        whole, rest = max(1.0, total), max(0.0, 1.0 - total)
-    mean, std = torch.zeros_like(own.mean), torch.zeros_like(own.std)
-    if not off(rest):
-        mean, std = own.mean * rest, own.std * rest
-    for r, strength in enumerate(strengths):
-        if not off(strength):
-            index = torch.tensor(rows.serving(r), device=mean.device).clamp(min=0)
-            share = strength / whole
-            mean = mean + own.mean.index_select(0, index) * share
-            std = std + own.std.index_select(0, index) * share
-    return TokenStats(mean, std)

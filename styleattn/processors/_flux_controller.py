@@ -23,6 +23,7 @@ from . import _caller
 from ._caller import Caller
 from ._controller import Controller, Now
 from ._flux_attention import OURS, JointSite
+from ._flux_places import Moved, share_of
 
 PARAMETERS = tuple(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
 RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
@@ -37,12 +38,14 @@ class FluxNow(Now):
         runs: per method and reference, the name of the run that carries it.
         places: [N, 2] row and column of every image token.
         time: the noise level, 1 to 0.
+        moved: the rotary positions of the image tokens, moved by heights and widths of the image.
     """
 
     lengths: Mapping[str, int] | None = None
     runs: tuple[tuple[str | None, ...], ...] = ()
     places: Tensor | None = None
     time: Number = 1.0
+    moved: Any = None
 
 
 class FluxController(Controller):
@@ -132,34 +135,17 @@ class FluxController(Controller):
                     now.runs[index],
                     tuple(_served(r, now) for r in references) if context else (),
                     now.time,
+                    now.moved,
                     self.backend,
                 ),
             )
 
     def share(self, mask: Tensor, device: torch.device) -> Tensor:
-        """[N]: the mean of a mask [h, w] under every image token, wherever the token is; without
-        leaving the device."""
+        """[N]: the mean of a mask [h, w] under every image token, wherever the token is."""
         places = self._running().places
         if places is None:
             raise RuntimeError("styleattn: a mask needs the positions of the image tokens")
-        mask, places = mask.to(device, torch.float32), places.to(device)
-        size = places.amax(0) + 1
-        extent = torch.tensor(mask.shape, device=device)
-        low = places * extent // size
-        high = -(-(places + 1) * extent // size)
-        table = torch.nn.functional.pad(mask.double().cumsum(0).cumsum(1), (1, 0, 1, 0))
-
-        def corner(y: Tensor, x: Tensor) -> Tensor:
-            return table[y, x]
-
-        inside = (
-            corner(high[:, 0], high[:, 1])
-            - corner(low[:, 0], high[:, 1])
-            - corner(high[:, 0], low[:, 1])
-            + corner(low[:, 0], low[:, 1])
-        )
-        area = (high - low).prod(1)
-        return (inside / area).clamp(0.0, 1.0).float()
+        return share_of(mask.to(device, torch.float32), places.to(device))
 
     # The hooks around the transformer
 
@@ -200,6 +186,7 @@ class FluxController(Controller):
             runs,
             ids[:made, 1:].long(),
             level / 1000,
+            Moved(module, ids[:made]),
         )
         return (), inputs
 

@@ -9,13 +9,13 @@ import flux_oracles as oracle
 import pytest
 import random_flux
 import torch
+from random_flux import run
 
 from styleattn.methods import StyleAligned
 from styleattn.processors import apply, remove
 from styleattn.references import Reference
 
 torch.set_num_threads(1)
-PROMPTS = ["a toy train", "a cat", "a house on a hill"]
 TEXT = 16
 
 
@@ -32,23 +32,6 @@ def no_style_left(pipe):
 
 def relative(a, b):
     return float((a - b).abs().max() / b.abs().max())
-
-
-def run(pipe, prompts=PROMPTS, *, steps=3, size=16, seed=0, **arguments):
-    """A pipeline call with fixed noise, latents out."""
-    count = len(prompts) * arguments.get("num_images_per_prompt", 1)
-    tokens = (size // 2) ** 2
-    noise = torch.randn(count, tokens, 4, generator=torch.Generator().manual_seed(seed))
-    return pipe(
-        prompts,
-        latents=noise,
-        height=size,
-        width=size,
-        max_sequence_length=TEXT,
-        num_inference_steps=steps,
-        output_type="latent",
-        **arguments,
-    ).images
 
 
 KNOBS = [

@@ -1,0 +1,137 @@
+"""FLUX.1 Redux: pictures as tokens next to the text, each with a strength of its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from styleattn.references import Layers, Reference, Steps
+
+from ._base import Layer, Number, log, off
+from ._facts import Facts
+from ._joint import JointCall, JointSettings, Parts, seen_by
+
+STRENGTH_BY = ("bias", "key_bias", "tokens")
+DOWNSAMPLE_BY = ("mixed", "area")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Redux(JointSettings):
+    """FLUX.1 Redux with any number of pictures, each a segment of the joint attention.
+
+        logit(i, j) += log s_r    for the tokens j of picture r, seen from any token i but its own
+
+    The tokens of every picture stand behind the prompt's, as in the original; s_r is its weight
+    times `strength`. A strength of 0 is the model without the picture. The unconditional call of
+    true guidance has no pictures.
+
+    Args:
+        references: pictures: `embeds` [M, C] or, one per prompt, [P, M, C]: the tokens that Redux'
+            image embedder makes of SigLIP's output. Their weights, steps, layers, masks (of the
+            image tokens; text sees the mask's mean) and `prompts` hold.
+        strength: s, of all pictures.
+        strength_by: "bias" is the formula above; "key_bias" adds log s for the picture's own tokens
+            too; "tokens" multiplies the tokens instead, before the model's first layer.
+        downsample: f; the grid of tokens is resized to 1 / f of its side before it is used.
+        downsample_by: "mixed" rounds the side down and resizes bicubically, by area for f = 3;
+            "area" rounds it to the nearest and resizes by area.
+        layers: which layers see the pictures.
+        steps: when: (start, end) fractions of the run, or a curve of weights.
+
+    Raises:
+        ValueError: a knob that has no meaning; all reasons at once.
+
+    Source: Black Forest Labs, FLUX.1 Redux [dev]; strength as a bias: ComfyUI, apply style model;
+        resized grids: ComfyUI_AdvancedRefluxControl.
+    """
+
+    strength: float = 1.0
+    strength_by: str = "bias"
+    downsample: float = 1.0
+    downsample_by: str = "mixed"
+    layers: Layers = "all"
+    steps: Steps = (0.0, 1.0)
+
+    name: ClassVar[str] = "redux"
+    NUMBERS: ClassVar[tuple[str, ...]] = ("strength",)
+    facts: ClassVar[Facts] = Facts(
+        paper="FLUX.1 Redux [dev], Black Forest Labs",
+        modality="text, image",
+        route="encoder",
+        hosts="FLUX.1",
+        needs="prompts, pictures as Redux tokens (SigLIP and the image embedder)",
+        weights="black-forest-labs/FLUX.1-Redux-dev, non-commercial",
+    )
+
+    def __post_init__(self) -> None:
+        reasons = self._check("strength", "downsample")
+        if not reasons and self.strength < 0:
+            reasons.append(f"strength must not be negative, got {self.strength}")
+        if not reasons and self.downsample < 1:
+            reasons.append(f"downsample must be at least 1, got {self.downsample}")
+        for knob, known in (("strength_by", STRENGTH_BY), ("downsample_by", DOWNSAMPLE_BY)):
+            if getattr(self, knob) not in known:
+                reasons.append(f"{knob} must be one of {known}, got {getattr(self, knob)!r}")
+        for i, r in enumerate(self.references or () if not reasons else ()):
+            reasons += self._reasons_against(i, r)
+        self._refuse(reasons)
+
+    def _reasons_against(self, index: int, reference: Reference) -> list[str]:
+        x: Any = reference.embeds
+        if not isinstance(x, Tensor) or x.ndim not in (2, 3) or not x.is_floating_point():
+            got = list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            return [f"references[{index}].embeds must be [M, C] or [P, M, C], got {got}"]
+        side = math.isqrt(x.shape[-2])
+        if self.downsample > 1 and side * side != x.shape[-2]:
+            return [f"references[{index}]: downsample needs a square of tokens, not {x.shape[-2]}"]
+        return []
+
+    def takes(self, layer: Layer) -> bool:
+        """Every chosen layer."""
+        return True
+
+    def context(self, embeds: Tensor) -> Tensor:
+        """The tokens [P, M, C] of a picture, on the smaller grid where one is wanted."""
+        tokens = embeds[None] if embeds.ndim == 2 else embeds
+        if self.downsample == 1:
+            return tokens
+        side = math.isqrt(tokens.shape[1])
+        area = self.downsample_by == "area"
+        small = max(1, round(side / self.downsample) if area else int(side // self.downsample))
+        grid = tokens.transpose(1, 2).unflatten(2, (side, side)).float()
+        if area or self.downsample == 3:
+            grid = F.interpolate(grid, (small, small), mode="area")
+        else:
+            grid = F.interpolate(grid, (small, small), mode="bicubic")
+        return grid.flatten(2).transpose(1, 2).to(embeds.dtype)
+
+    def weighed(self, tokens: Tensor, strength: Number) -> Tensor:
+        """The tokens times their strength, where that is how it acts."""
+        return tokens * (strength * self.strength) if self.strength_by == "tokens" else tokens
+
+    def joint_attention(self, call: JointCall, parts: Parts) -> Parts:
+        """The layer's attention with the pictures at their strengths."""
+        changed = dict(parts)
+        for r, run in enumerate(call.runs):
+            if run is None:
+                continue
+            for name, part in changed.items():
+                rows = None if name == run else call.serves[r]
+                bias = self._bias(call, r, name)
+                changed[name] = part.changed(run, logit_bias=bias, rows=rows)
+        return changed
+
+    def _bias(self, call: JointCall, reference: int, part: str) -> Number:
+        """On the logits of a picture's tokens, for the queries of a run."""
+        own = part == call.runs[reference]
+        if own and self.strength_by != "key_bias":
+            return 0.0
+        if self.strength_by == "tokens":
+            here = 0.0 if off(call.strengths[reference]) else 1.0
+            return seen_by(call, reference, part, here)
+        bias = seen_by(call, reference, part)
+        return bias + log(call.numbers["strength"])
