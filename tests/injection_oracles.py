@@ -27,6 +27,55 @@ def style_id(gamma=0.75, temperature=1.5):
     return rule
 
 
+def swap(q, k, v, row, start, uncond):
+    """Rows: reference, images. Visual Style Prompting and MasaCtrl: the reference's K and V."""
+    return softmax_attention(q[start + row], k[start], v[start])
+
+
+def z_star(style=1.2, content=1.5):
+    """Rows: style, one image. Both look at both, in a joint softmax with scaled cross logits."""
+
+    def rule(q, k, v, row, start, uncond):
+        mine, other = start + row, start + 1 - row
+        factor = content if row == 0 else style
+        logits = (
+            torch.cat([factor * (q[mine] @ k[other].mT), q[mine] @ k[mine].mT], -1)
+            * q.shape[-1] ** -0.5
+        )
+        return logits.softmax(-1) @ torch.cat([v[other], v[mine]], -2)
+
+    return rule
+
+
+def cross_image(contrast=1.67, structure=False):
+    """Rows: structure, appearance, images."""
+
+    def rule(q, k, v, row, start, uncond):
+        if row < 2:
+            return softmax_attention(q[start + row], k[start + row], v[start + row])
+        there = start if structure else start + 1
+        p = (q[start + row] @ k[there].mT * q.shape[-1] ** -0.5).softmax(-1)
+        mean = p.mean(-1, keepdim=True)
+        return ((p - mean) * contrast + mean).clip(0, 1) @ v[there]
+
+    return rule
+
+
+def reference_only(fidelity=0.5):
+    """Rows: reference, images."""
+
+    def rule(q, k, v, row, start, uncond):
+        here = start + row
+        own = softmax_attention(q[here], k[here], v[here])
+        if row == 0:
+            return own
+        joint_k, joint_v = (torch.cat([x[here], x[start]], -2) for x in (k, v))
+        joint = softmax_attention(q[here], joint_k, joint_v)
+        return fidelity * own + (1 - fidelity) * joint if uncond else joint
+
+    return rule
+
+
 class Processor:
     """Plain attention whose rows are computed one by one by a rule."""
 

@@ -7,14 +7,24 @@ from ._cross import Adapter, CrossCall, CrossParts, EncoderMethod, ImagePrompt
 from ._facts import Facts
 from ._joint import ContextMethod, JointCall, JointMethod
 from .aligned_gen import AlignedGen
+from .cross_image_attention import CrossImageAttention
 from .ip_adapter import IPAdapter
+from .mutual_attention import MutualAttention
 from .redux import Redux
+from .reference_only import ReferenceOnly
 from .style_aligned import StyleAligned
 from .style_injection import StyleID
+from .visual_style_prompting import VisualStylePrompting
+from .z_star import ZStar
 
 _ALL = (
     StyleAligned,
     StyleID,
+    CrossImageAttention,
+    MutualAttention,
+    ReferenceOnly,
+    VisualStylePrompting,
+    ZStar,
     IPAdapter,
     AlignedGen,
     Redux,
@@ -28,6 +38,7 @@ __all__ = [
     "AlignedGen",
     "ContextMethod",
     "CrossCall",
+    "CrossImageAttention",
     "CrossParts",
     "EncoderMethod",
     "Facts",
@@ -37,10 +48,14 @@ __all__ = [
     "JointMethod",
     "Layer",
     "Method",
+    "MutualAttention",
     "NormCall",
     "Redux",
+    "ReferenceOnly",
     "Rows",
     "SelfCall",
     "StyleAligned",
     "StyleID",
+    "VisualStylePrompting",
+    "ZStar",
 ]

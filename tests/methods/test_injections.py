@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import injection_oracles as papers
 import pytest
 import torch
 
-from styleattn.methods import METHODS, Rows, SelfCall, StyleID
+from styleattn.methods import (
+    METHODS,
+    CrossImageAttention,
+    MutualAttention,
+    ReferenceOnly,
+    Rows,
+    SelfCall,
+    StyleID,
+    VisualStylePrompting,
+    ZStar,
+)
+from styleattn.methods.cross_image_attention import structure_steps
 
 
 def tensors(rows: int, tokens: int = 63, heads: int = 2, width: int = 16, seed: int = 0):
@@ -41,6 +54,13 @@ CASES = {
     "style_id-strong": (StyleID(gamma=0.3, temperature=2.0), papers.style_id(0.3, 2.0), 2),
     "style_id-no-content": (StyleID(gamma=0.0), papers.style_id(0.0), 2),
     "style_id-all-content": (StyleID(gamma=1.0, temperature=1.0), papers.style_id(1.0, 1.0), 2),
+    "visual_style_prompting": (VisualStylePrompting(), papers.swap, 1),
+    "mutual_attention": (MutualAttention(), papers.swap, 1),
+    "z_star": (ZStar(), papers.z_star(), 1),
+    "z_star-scaled": (ZStar(style_scale=0.7, content_scale=2.0), papers.z_star(0.7, 2.0), 1),
+    "reference_only": (ReferenceOnly(), papers.reference_only(), 1),
+    "reference_only-apart": (ReferenceOnly(style_fidelity=1.0), papers.reference_only(1.0), 1),
+    "reference_only-shared": (ReferenceOnly(style_fidelity=0.0), papers.reference_only(0.0), 1),
 }
 
 
@@ -57,8 +77,8 @@ def test_per_layer(case, chunks, tokens):
 @pytest.mark.parametrize("case", CASES)
 def test_reference_rows_keep_their_own_attention(case):
     method, _, references = CASES[case]
-    if getattr(method, "content_scale", 0):
-        pytest.skip("the style row sees the content")
+    if getattr(method, "rearrange_style", False):
+        method = replace(method, rearrange_style=False)
     qkv = tensors(2 * (references + 1))
     out = method.self_attention(call(method, qkv, references))
     mine = [c * (references + 1) + r for c in range(2) for r in range(references)]
@@ -117,6 +137,73 @@ def test_padded_keys_are_not_seen():
     blended = 0.75 * qkv[0][0] + 0.25 * qkv[0][2]
     expected = papers.softmax_attention(blended, qkv[1][1][:, :40], qkv[2][1][:, :40], 1.5)
     assert relative(out[2], expected) <= 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 257])
+@pytest.mark.parametrize("contrast", [1.0, 1.67, 0.5])
+def test_contrast(contrast, tokens):
+    """Appearance alone, structure alone, and half of each; the clip is at work."""
+    method, qkv = CrossImageAttention(contrast=contrast), tensors(6, tokens)
+    both = [written_out(papers.cross_image(contrast, s), qkv) for s in (False, True)]
+    for share, expected in ((0.0, both[0]), (1.0, both[1]), (0.5, (both[0] + both[1]) / 2)):
+        out = method.self_attention(call(method, qkv, 2, strengths=(share, 1.0)))
+        assert relative(out, expected) <= 1e-5
+    unclipped = written_out(papers.cross_image(1.0), qkv)
+    straight = contrast * unclipped + (1 - contrast) * qkv[2][[0, 1, 1, 3, 4, 4]].mean(-2, True)
+    if contrast > 1 and tokens > 1:
+        assert relative(both[0][[2, 5]], straight[[2, 5]]) > 1e-3
+
+
+def test_contrast_of_padded_and_half_precision():
+    qkv = tensors(3)
+    bias = torch.zeros(3, 63)
+    bias[:, 40:] = -torch.inf
+    method = CrossImageAttention()
+    out = method.self_attention(call(method, qkv, 2, 1, (0.0, 1.0), key_bias=bias))
+    p = (qkv[0][2] @ qkv[1][1].mT / 4 + bias[0]).softmax(-1)
+    expected = ((p - 1 / 63) * 1.67 + 1 / 63).clip(0, 1) @ qkv[2][1]
+    assert relative(out[2], expected) <= 1e-5
+    half = method.self_attention(call(method, qkv.bfloat16(), 2, 1, (0.0, 1.0)))
+    exact = written_out(papers.cross_image(), qkv.bfloat16().double(), 1)
+    assert half.dtype == torch.bfloat16 and relative(half.double(), exact) <= 2**-8
+
+
+def test_structure_is_used_at_every_fifth_step_of_the_first_two_fifths():
+    steps = structure_steps(100)
+    assert [i for i, used in enumerate(steps) if used] == [0, 5, 10, 15, 20, 25, 30, 35]
+    with pytest.raises(ValueError, match="at least three steps"):
+        structure_steps(2)
+
+
+def test_weights_in_a_shared_softmax():
+    """log w on the reference's logits: Z-STAR and reference-only; 0 takes it away."""
+    qkv = tensors(2)
+    joint_k = torch.cat([qkv[1][1], qkv[1][0]], -2)
+    logits = qkv[0][1] @ joint_k.mT / 4
+    logits[..., 63:] += torch.tensor(0.3).log()
+    expected = logits.softmax(-1) @ torch.cat([qkv[2][1], qkv[2][0]], -2)
+    for method in (ReferenceOnly(), ZStar(style_scale=1.0, rearrange_style=False)):
+        out = method.self_attention(call(method, qkv, 1, 1, strengths=(0.3,)))
+        assert relative(out[1], expected) <= 1e-5
+        out = method.self_attention(call(method, qkv, 1, 1, strengths=(0.0,)))
+        assert relative(out[1], papers.plain(*qkv)[1]) <= 1e-6
+
+
+def test_style_fidelity_concerns_unconditional_rows_only():
+    qkv = tensors(4)
+    outs = [
+        m.self_attention(call(m, qkv, 1)) for m in (ReferenceOnly(style_fidelity=f) for f in (0, 1))
+    ]
+    assert torch.equal(outs[0][2:], outs[1][2:])
+    assert relative(outs[0][1], outs[1][1]) > 1e-3
+
+
+def test_z_star_rearranges_the_style_for_one_image_only():
+    method = ZStar()
+    with pytest.raises(ValueError, match="looks at one image, this call has 2"):
+        method.self_attention(call(method, tensors(3), 1, 1))
+    alone = ZStar(rearrange_style=False)
+    assert alone.self_attention(call(alone, tensors(3), 1, 1)).shape == (3, 2, 63, 16)
 
 
 def test_missing_references_are_named():
