@@ -251,3 +251,26 @@ def pulid(
         shapes[f"{stem}to_kv.weight"] = (2 * heads * 128, out)
         shapes[f"{stem}to_out.weight"] = (image, heads * 128)
     return shapes
+
+
+def csd(width: int, patch: int, positions: int, out: int, depth: int = 24) -> Shapes:
+    """The model_state_dict of CSD's checkpoint.pth."""
+    shapes: Shapes = {"last_layer_style": (width, out), "last_layer_content": (width, out)}
+    b = "backbone."
+    shapes |= {f"{b}class_embedding": (width,), f"{b}positional_embedding": (positions, width)}
+    shapes[f"{b}conv1.weight"] = (width, 3, patch, patch)
+    norms = [f"{b}ln_pre", f"{b}ln_post"]
+    for i in range(depth):
+        stem = f"{b}transformer.resblocks.{i}."
+        shapes |= {f"{stem}attn.in_proj_weight": (3 * width, width)}
+        shapes |= {f"{stem}attn.in_proj_bias": (3 * width,)}
+        for name, o, into in (
+            ("attn.out_proj", width, width),
+            ("mlp.c_fc", 4 * width, width),
+            ("mlp.c_proj", width, 4 * width),
+        ):
+            shapes |= {f"{stem}{name}.weight": (o, into), f"{stem}{name}.bias": (o,)}
+        norms += [f"{stem}ln_1", f"{stem}ln_2"]
+    for name in norms:
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    return shapes

@@ -3,6 +3,7 @@
 from ._adapter import Encoder, HostLayer, ImageAdapter, KeyValue, checkpoint_order
 from ._files import read_tensors
 from .content import subtract_content
+from .csd import CSD, load_csd
 from .csgo import CSGO, load_csgo
 from .deadiff import DEADiff, load_deadiff
 from .flux_ip_adapter import flux_order, load_flux_ip_adapter
@@ -12,6 +13,7 @@ from .redux import Redux, load_redux
 from .styleshot import load_styleshot
 
 __all__ = [
+    "CSD",
     "CSGO",
     "DEADiff",
     "Encoder",
@@ -23,6 +25,7 @@ __all__ = [
     "checkpoint_order",
     "flux_order",
     "ip_adapter_from",
+    "load_csd",
     "load_csgo",
     "load_deadiff",
     "load_flux_ip_adapter",

@@ -109,3 +109,13 @@ def test_pulid(give: Read) -> None:
     assert tokens.shape == (1, 32, 2048)
     assert pulid.query(19, meta(1, 4096, 3072)).shape == (1, 16, 4096, 128)
     assert pulid.places()["single_transformer_blocks.36"] == 19
+
+
+def test_csd(give: Read) -> None:
+    """CLIP ViT-L/14's vision tower has 303M parameters without its projection."""
+    give("csd", checkpoints.csd(1024, 14, 257, 768))
+    csd = adapters.load_csd("checkpoint.pth")
+    assert abs(parameters(csd.backbone) - 303e6) < 1e6
+    assert csd.image_size == 224
+    _, content, style = csd(meta(1, 3, 224, 224))
+    assert content.shape == style.shape == (1, 768)
