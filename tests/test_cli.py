@@ -327,10 +327,12 @@ BAD = [
     (["--scheduler", "magic"], "unknown scheduler"),
     (["--labels", "magic"], "unknown labels"),
     (["--steps", "0"], "num_inference_steps"),
+    (["--steps", "1001"], "num_inference_steps must lie in 1..1000"),
     (["--seed", "-1"], "seed must lie in 0.."),
     (["--seed", str(2**64)], "seed must lie in 0.."),
     (["--steps", "many"], "--steps"),
     (["--guidance", "nan"], "guidance_scale"),
+    (["--inversion-guidance", "inf"], "guidance_scale of the inversion"),
     (["--batch-size", "0"], "batch_size"),
     (["--height", "31"], "multiples of 2"),
     (["--offset", "99"], "offset"),
@@ -363,7 +365,7 @@ def test_bad_input(model, work, capsys, change, message):
     line = refused(stylize(model, work, *argv), capsys)
     assert message.lower() in line.lower(), line
     written = {path.name for path in work.rglob("*")} - set(before)
-    assert written <= {"out", "manifest.json"}  # nothing half-written; at most an open manifest
+    assert not written, written
     if "manifest.json" in written:
         assert not json.loads((work / "out" / "manifest.json").read_text())["complete"]
 

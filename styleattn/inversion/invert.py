@@ -189,14 +189,24 @@ def round_trip_error(pipe: Any, trajectory: Trajectory) -> float:
     return _round_trip(trajectory, schedule_of(pipe), epsilon, device_of(pipe), None, 0)
 
 
+def check_run(
+    pipe: Any, num_inference_steps: int, height: int | None, width: int | None
+) -> tuple[int, int]:
+    """The size in pixels of a run that a pipeline can make.
+
+    Raises:
+        ValueError: more steps than the scheduler has levels, or a size that is no multiple of a
+            latent.
+    """
+    levels = int(pipe.scheduler.config.num_train_timesteps)
+    if not 1 <= num_inference_steps <= levels:
+        raise ValueError(f"num_inference_steps must lie in 1..{levels}, got {num_inference_steps}")
+    return _size(pipe, height, width)
+
+
 def _schedule(pipe: Any, num_inference_steps: int) -> tuple[Schedule, list[int]]:
-    schedule = schedule_of(pipe)
-    if not 1 <= num_inference_steps <= len(schedule.alphas_cumprod):
-        raise ValueError(
-            f"num_inference_steps must lie in 1..{len(schedule.alphas_cumprod)}, "
-            f"got {num_inference_steps}"
-        )
-    return schedule, timesteps_of(pipe, num_inference_steps)
+    check_run(pipe, num_inference_steps, None, None)
+    return schedule_of(pipe), timesteps_of(pipe, num_inference_steps)
 
 
 def _size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:

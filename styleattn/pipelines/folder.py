@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from styleattn.inversion.files import write_atomic, write_json
 from styleattn.inversion.host import device_of, fingerprint, read_picture
+from styleattn.inversion.invert import check_run
 from styleattn.processors import apply
 from styleattn.references import StyleBank
 
@@ -165,6 +166,7 @@ def _check(
     if not 0 <= job.seed < 2**63 - len(job.prompts):
         raise ValueError(f"seed must lie in 0..{2**63 - len(job.prompts) - 1}, got {job.seed}")
     offset, steps = job.inversion.offset, job.sampling.num_inference_steps
+    check_run(pipe, steps, job.sampling.height, job.sampling.width)
     if offset is not None and not 0 <= offset < steps:
         raise ValueError(f"offset must lie in 0..{steps - 1}, got {offset}")
     apply(pipe, job.method, backend=job.backend).remove()

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from styleattn.inversion import Trajectory, ddim_invert, ddim_sample, encode_prompts
+from styleattn.inversion.ddim import LABELS
 from styleattn.inversion.host import Picture
 from styleattn.methods import StyleAligned
 from styleattn.processors import apply, paused
@@ -65,11 +66,23 @@ class Inversion:
         offset: how many steps cleaner than its label the reference starts; None is the paper's 5
             for a picture inverted with the paper's labels, and 0 for every other reference: then
             each latent has the noise level that the UNet is told.
+
+    Raises:
+        ValueError: a guidance scale that is no number, or unknown labels.
     """
 
     guidance_scale: float = 2.0
     labels: str = "paper"
     offset: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.guidance_scale < float("inf"):
+            raise ValueError(
+                f"guidance_scale of the inversion must be finite and >= 0, got "
+                f"{self.guidance_scale}"
+            )
+        if self.labels not in LABELS:
+            raise ValueError(f"unknown labels {self.labels!r}: expected one of {LABELS}")
 
 
 def make_trajectory(
