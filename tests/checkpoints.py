@@ -231,10 +231,9 @@ def _three_linears(stem: str, into: int, width: int, out: int) -> Shapes:
     return shapes
 
 
-def pulid(
-    count: int, face: int, vision: int, dim: int, queries: int, out: int, image: int, heads: int
+def idformer(
+    face: int, vision: int, dim: int, queries: int, out: int, heads: int, prefix: str
 ) -> Shapes:
-    """pulid_flux_v0.9.x; `heads` of 64 in the encoder, and of 128 in the cross-attentions."""
     shapes: Shapes = {"latents": (1, queries, dim), "proj_out": (dim, out)}
     for i in range(10):
         layer = attention_and_mlp(dim, heads * 64)
@@ -242,7 +241,14 @@ def pulid(
     for i in range(5):
         shapes |= _three_linears(f"mapping_{i}.", vision, vision, dim)
     shapes |= _three_linears("id_embedding_mapping.", face, vision, 5 * dim)
-    shapes = {f"pulid_encoder.{k}": v for k, v in shapes.items()}
+    return {prefix + k: v for k, v in shapes.items()}
+
+
+def pulid(
+    count: int, face: int, vision: int, dim: int, queries: int, out: int, image: int, heads: int
+) -> Shapes:
+    """pulid_flux_v0.9.x; `heads` of 64 in the encoder, and of 128 in the cross-attentions."""
+    shapes = idformer(face, vision, dim, queries, out, heads, "pulid_encoder.")
     for i in range(count):
         stem = f"pulid_ca.{i}."
         for name, width in (("norm1", out), ("norm2", image)):
@@ -274,3 +280,20 @@ def csd(width: int, patch: int, positions: int, out: int, depth: int = 24) -> Sh
     for name in norms:
         shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
     return shapes
+
+
+def pulid_v1(face: int, vision: int, inner: int, out: int) -> Shapes:
+    """The encoder of pulid_v1.bin."""
+    shapes = _three_linears("id_adapter.body.", face, inner, 5 * out)
+    for i in range(5):
+        shapes |= _three_linears(f"id_adapter.mapping_{i}.", vision, vision, out)
+        shapes |= _three_linears(f"id_adapter.mapping_patch_{i}.", vision, vision, out)
+    return shapes
+
+
+def pulid_pairs(layers: Sequence[tuple[str, int, int]]) -> Shapes:
+    return {
+        f"id_adapter_attn_layers.{2 * i + 1}.id_to_{x}.weight": (inner, cross)
+        for i, (_, inner, cross) in enumerate(layers)
+        for x in "kv"
+    }

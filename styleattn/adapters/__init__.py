@@ -9,6 +9,7 @@ from .deadiff import DEADiff, load_deadiff
 from .flux_ip_adapter import flux_order, load_flux_ip_adapter
 from .ip_adapter import ip_adapter_from, load_ip_adapter
 from .pulid import PuLID, load_pulid
+from .pulid_sdxl import PuLIDSDXLAdapter, load_pulid_sdxl
 from .redux import Redux, load_redux
 from .styleshot import load_styleshot
 
@@ -21,6 +22,7 @@ __all__ = [
     "ImageAdapter",
     "KeyValue",
     "PuLID",
+    "PuLIDSDXLAdapter",
     "Redux",
     "checkpoint_order",
     "flux_order",
@@ -31,6 +33,7 @@ __all__ = [
     "load_flux_ip_adapter",
     "load_ip_adapter",
     "load_pulid",
+    "load_pulid_sdxl",
     "load_redux",
     "load_styleshot",
     "read_tensors",

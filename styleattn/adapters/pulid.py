@@ -8,75 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from styleattn.errors import describe, invalid
+from ._files import fill, part, read_tensors, size
+from ._idformer import IDFormer, check_face, idformer_of
+from ._perceiver import PerceiverAttention
 
-from ._files import Tensors, fill, part, read_tensors, size
-from ._perceiver import HEAD_DIM, PerceiverAttention, feed_forward
-
-LEVELS = 5  # hidden states of the vision tower: before its blocks 4, 8, 12, 16 and 20
-_DEPTH = 10
-_FACE_TOKENS = 5
 _CA_HEAD_DIM = 128
 DOUBLE_EVERY, SINGLE_EVERY = 2, 4
-
-
-def _mapping(into: int, width: int, out: int) -> nn.Sequential:
-    """Three Linears with LayerNorm and leaky ReLU (slope 0.01) between."""
-    return nn.Sequential(
-        nn.Linear(into, width),
-        nn.LayerNorm(width),
-        nn.LeakyReLU(),
-        nn.Linear(width, width),
-        nn.LayerNorm(width),
-        nn.LeakyReLU(),
-        nn.Linear(width, out),
-    )
-
-
-class IDFormer(nn.Module):
-    """A face embedding and five levels of vision features to identity tokens [R, M, out].
-
-    `f = map(face)` (5 tokens), `x = [latents; f]`; for each level s, two layers of
-    `x = x + attention([f; map_s(v_s)], x)`, `x = x + feed_forward(x)`; the tokens are the rows of
-    the latents in `x`, times `proj_out`.
-
-    Args:
-        face: width of the face embedding (ArcFace's 512 and EVA-CLIP's 768).
-        vision: width of the vision features.
-        dim: width of the latents.
-        queries: M.
-        heads: of 64 channels each.
-        out: width of the tokens.
-
-    Source: PuLID (arXiv 2404.16022), the FLUX release; pulid_flux_v0.9.0 and v0.9.1.
-    """
-
-    def __init__(
-        self, face: int, vision: int, dim: int, queries: int, heads: int, out: int
-    ) -> None:
-        super().__init__()
-        self.latents = nn.Parameter(torch.empty(1, queries, dim))
-        self.proj_out = nn.Parameter(torch.empty(dim, out))
-        self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(dim, dim, heads), feed_forward(dim)])
-            for _ in range(_DEPTH)
-        )
-        for level in range(LEVELS):
-            self.add_module(f"mapping_{level}", _mapping(vision, vision, dim))
-        self.id_embedding_mapping = _mapping(face, vision, dim * _FACE_TOKENS)
-
-    def forward(self, face: Tensor, vision: Sequence[Tensor]) -> Tensor:
-        faces = self.id_embedding_mapping(face).unflatten(-1, (_FACE_TOKENS, -1))
-        x = torch.cat((self.latents.expand(face.shape[0], -1, -1), faces), dim=1)
-        for index, layer in enumerate(self.layers):
-            level = index * LEVELS // _DEPTH
-            if index % (_DEPTH // LEVELS) == 0:
-                mapped = self.get_submodule(f"mapping_{level}")(vision[level])
-                context = torch.cat((faces, mapped), dim=1)
-            attend, mix = layer.children()
-            x = x + attend(context, x)
-            x = x + mix(x)
-        return x[:, : self.latents.shape[1]] @ self.proj_out
 
 
 class PuLID(nn.Module):
@@ -102,25 +39,14 @@ class PuLID(nn.Module):
 
         Args:
             face: [R, 1280], ArcFace's embedding (512, as it comes) and EVA02-CLIP-L-336's (768,
-                divided by its norm), side by side.
+                divided by its norm), side by side; [R, F, 1280] for F pictures of one face.
             vision: five hidden states [R, 577, 1024] of that tower, before its blocks 4, 8, 12, 16
-                and 20.
+                and 20; those of several pictures one after the other, [R, F * 577, 1024].
 
         Raises:
             Invalid: other shapes.
         """
-        width = self.pulid_encoder.get_parameter("id_embedding_mapping.0.weight").shape[1]
-        levels = self.pulid_encoder.get_parameter("mapping_0.0.weight").shape[1]
-        reasons = []
-        if face.dim() != 2 or face.shape[-1] != width:
-            reasons.append(f"face must be [R, {width}]")
-        if len(vision) != LEVELS or any(
-            v.dim() != 3 or v.shape[0] != face.shape[0] or v.shape[-1] != levels for v in vision
-        ):
-            reasons.append(f"vision must be {LEVELS} tensors [R, S, {levels}], R as in face")
-        if reasons:
-            levels_given = ", ".join(describe(v) for v in vision)
-            raise invalid("tokens", reasons, f"face {describe(face)}, vision {levels_given}")
+        check_face(face, vision, self.pulid_encoder.widths)
         dtype = self.pulid_encoder.latents.dtype
         tokens: Tensor = self.pulid_encoder(face.to(dtype), [v.to(dtype) for v in vision])
         return tokens
@@ -196,7 +122,7 @@ def load_pulid(
     wide = [f"pulid_ca.{i}" for i in range(count)]
     places = [("pulid_encoder.proj_out", 1), *((f"{name}.norm1.weight", 0) for name in wide)]
     out = size(tensors, 2048, *places)
-    encoder = _encoder(part(tensors, "pulid_encoder."), out)
+    encoder = idformer_of(part(tensors, "pulid_encoder."), out)
     inner = size(tensors, 2048, *((f"{name}.to_q.weight", 0) for name in wide))
     dim = size(tensors, 3072, *((f"{name}.norm2.weight", 0) for name in wide))
     heads = max(1, inner // _CA_HEAD_DIM)
@@ -208,16 +134,3 @@ def load_pulid(
     what = f"a PuLID-FLUX checkpoint for {double} double and {single} single blocks"
     fill(pulid, tensors, source=os.fspath(path), what=what, dtype=dtype)
     return pulid
-
-
-def _encoder(tensors: Tensors, out: int) -> IDFormer:
-    inner = size(tensors, 1024, *((f"layers.{i}.0.to_q.weight", 0) for i in range(_DEPTH)))
-    with torch.device("meta"):
-        return IDFormer(
-            face=size(tensors, 1280, ("id_embedding_mapping.0.weight", 1)),
-            vision=size(tensors, 1024, *((f"mapping_{i}.0.weight", 1) for i in range(LEVELS))),
-            dim=size(tensors, 1024, ("latents", 2), ("proj_out", 0), ("layers.0.1.0.weight", 0)),
-            queries=size(tensors, 32, ("latents", 1)),
-            heads=max(1, inner // HEAD_DIM),
-            out=out,
-        )

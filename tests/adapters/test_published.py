@@ -119,3 +119,15 @@ def test_csd(give: Read) -> None:
     assert csd.image_size == 224
     _, content, style = csd(meta(1, 3, 224, 224))
     assert content.shape == style.shape == (1, 768)
+
+
+@pytest.mark.parametrize("version", ["v1", "v1.1"])
+def test_pulid_sdxl(give: Read, version: str) -> None:
+    shapes = checkpoints.pulid_v1(1280, 1024, 1024, 2048)
+    if version == "v1.1":
+        shapes = checkpoints.idformer(1280, 1024, 1024, 32, 2048, 16, "id_adapter.")
+    give("pulid_sdxl", {**shapes, **checkpoints.pulid_pairs(SDXL)})
+    adapter = adapters.load_pulid_sdxl("pulid.safetensors", SDXL)
+    tokens = adapter.identity(meta(1, 1280), [meta(1, 577, 1024)] * 5)
+    assert tokens.shape == (1, {"v1": 10, "v1.1": 32}[version], 2048)
+    assert len(adapter.layers) == 70
