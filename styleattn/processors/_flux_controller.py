@@ -167,6 +167,7 @@ class FluxController(Controller):
         rows = Rows(1, batch, references, caller.unconditional)
         if references and not self.control:
             inputs = _without_control(inputs, references, batch)
+        inputs = _images_of_prompts(inputs, batch, each)
         ids = inputs["img_ids"]
         made = self._generated(ids, image.shape[1])
         ids = ids[0] if ids.ndim == 3 else ids
@@ -320,6 +321,31 @@ def _spread(tokens: Tensor, batch: int, each: int, name: str) -> Tensor:
             " one picture, or one per prompt"
         )
     return tokens.repeat_interleave(each, 0)
+
+
+def _images_of_prompts(inputs: dict[str, Any], batch: int, each: int) -> dict[str, Any]:
+    """The call with every prompt's own image embeddings, where an adapter gets one per prompt.
+
+    diffusers repeats a batch of embeddings as a whole for every row, [p0, p1, p0, p1, ..], and then
+    shows every row all of them; the rows need [p0, .., p1, ..].
+
+    Raises:
+        ValueError: a number of embeddings that fits no prompts.
+    """
+    kwargs = inputs.get("joint_attention_kwargs") or {}
+    given = kwargs.get("ip_adapter_image_embeds")
+    if not isinstance(given, (list, tuple)) or all(x.shape[0] == batch for x in given):
+        return inputs
+    chosen = []
+    for n, x in enumerate(given):
+        prompts, rest = divmod(x.shape[0], batch)
+        if x.shape[0] != batch and (rest or prompts * each != batch):
+            raise ValueError(
+                f"styleattn: {x.shape[0]} image embeddings of IP-Adapter {n} for {batch} rows; give"
+                " one for all prompts or one per prompt"
+            )
+        chosen.append(x if x.shape[0] == batch else x[:prompts].repeat_interleave(each, 0))
+    return {**inputs, "joint_attention_kwargs": {**kwargs, "ip_adapter_image_embeds": chosen}}
 
 
 def _without_control(

@@ -1,0 +1,350 @@
+"""What breaks attention processors on FLUX, one test each: adapters, fusing, LoRA, quantisation,
+offload, sharded heads, backends."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import random_flux
+import torch
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxIPAdapterAttnProcessor,
+)
+from PIL import Image
+from random_flux import PROMPTS, run
+
+from styleattn.methods import Redux, StyleAligned
+from styleattn.processors import apply, remove
+from styleattn.processors._flux_attention import FluxStyleIPAdapterProcessor
+from styleattn.references import Reference
+
+torch.set_num_threads(1)
+STYLE = StyleAligned(shared_score_shift=0.3)
+TOKENS = torch.randn(9, 32, generator=torch.Generator().manual_seed(5))
+REDUX = Redux(references=(Reference(embeds=TOKENS, weight=0.6),))
+PICTURE = Image.effect_noise((32, 32), 60).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return random_flux.flux()
+
+
+@pytest.fixture
+def pipe():
+    return random_flux.flux()
+
+
+def relative(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def processors(pipe):
+    return dict(pipe.transformer.attn_processors)
+
+
+# IP-Adapters that diffusers loads
+
+
+def ip_adapter(transformer, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    layers = {}
+    for i in range(len(transformer.transformer_blocks)):
+        for part in ("k", "v"):
+            layers[f"{i}.to_{part}_ip.weight"] = torch.randn(32, 32, generator=g) / 6
+            layers[f"{i}.to_{part}_ip.bias"] = torch.randn(32, generator=g) / 6
+    projection = {
+        "proj.weight": torch.randn(4 * 32, 32, generator=g) / 6,
+        "proj.bias": torch.zeros(4 * 32),
+        "norm.weight": torch.ones(32),
+        "norm.bias": torch.zeros(32),
+    }
+    return {"image_proj": projection, "ip_adapter": layers}
+
+
+def load_ip_adapter(pipe):
+    pipe.load_ip_adapter(
+        ip_adapter(pipe.transformer),
+        subfolder="",
+        weight_name="",
+        image_encoder_pretrained_model_name_or_path=None,
+    )
+
+
+EACH = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(2))
+EMBEDS = {"ip_adapter_image_embeds": [EACH[:1]]}
+NEGATIVE = {"negative_ip_adapter_image_embeds": [torch.zeros(1, 1, 32)]}
+FAINT = StyleAligned(adain_queries=False, adain_keys=False, references=(Reference(weight=1e-30),))
+
+
+def test_ip_adapter_before_or_after(pipe):
+    """Loading makes processors anew: the style is there all the same, and so is the adapter."""
+    other = random_flux.flux()
+    apply(pipe, STYLE)
+    plain = run(pipe)
+    load_ip_adapter(pipe)
+    load_ip_adapter(other)
+    apply(other, STYLE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        after, before = (run(p, **EMBEDS, **NEGATIVE) for p in (pipe, other))
+    assert torch.equal(after, before)
+    assert relative(after, plain) > 1e-3
+    pipe.unload_ip_adapter()
+    assert torch.equal(run(pipe), plain)
+    remove(pipe)
+    assert {type(p) for p in processors(pipe).values()} == {FluxAttnProcessor}
+
+
+def test_ip_adapter_is_what_diffusers_makes_of_it(pipe):
+    """Under a method that changes nothing, our call of the adapter equals theirs."""
+    load_ip_adapter(pipe)
+    loaded = processors(pipe)
+    pipe.set_ip_adapter_scale([0.7, 0.4])
+    expected = run(pipe, **EMBEDS, **NEGATIVE)
+    assert relative(expected, run_without(pipe)) > 1e-3
+    with apply(pipe, FAINT):
+        assert relative(run(pipe, **EMBEDS, **NEGATIVE), expected) <= 1e-5
+        pipe.set_ip_adapter_scale(0.0)
+        nothing = run(pipe, **EMBEDS, **NEGATIVE)
+        pipe.set_ip_adapter_scale([0.7, 0.4])
+        assert relative(run(pipe, **EMBEDS, **NEGATIVE), expected) <= 1e-5
+    assert relative(nothing, run_without(pipe)) <= 1e-5
+    assert all(p is loaded[n] for n, p in processors(pipe).items())
+    assert loaded["transformer_blocks.0.attn.processor"].scale == [0.7]
+
+
+def run_without(pipe):
+    pipe.set_ip_adapter_scale(0.0)
+    out = run(pipe, **EMBEDS, **NEGATIVE)
+    pipe.set_ip_adapter_scale([0.7, 0.4])
+    return out
+
+
+def test_ip_adapter_masks_are_honoured(pipe):
+    """diffusers takes them and does nothing; under a style they act where they say."""
+    load_ip_adapter(pipe)
+    masks = {
+        m: {"joint_attention_kwargs": {"ip_adapter_masks": [torch.full((1, 1, 4, 4), m)]}}
+        for m in (0.0, 1.0)
+    }
+    both = {**EMBEDS, **NEGATIVE}
+    expected = run(pipe, **both)
+    assert torch.equal(run(pipe, **both, **masks[0.0]), expected)  # diffusers' fault, as it is
+    with apply(pipe, FAINT):
+        assert relative(run(pipe, **both, **masks[1.0]), expected) <= 1e-5
+        nothing = run(pipe, **both, **masks[0.0])
+        wrong = {"joint_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 1, 4, 4)] * 2}}
+        with pytest.raises(ValueError, match="2 ip_adapter_masks for 1"):
+            run(pipe, **both, **wrong)
+    assert relative(nothing, run_without(pipe)) <= 1e-5
+
+
+def test_every_prompt_has_its_own_image(pipe):
+    """diffusers shows every row all images; with a handle they go to their prompts."""
+    load_ip_adapter(pipe)
+    each = {"ip_adapter_image_embeds": [EACH]}
+    with apply(pipe, StyleAligned(references=(Reference(weight=0.0),))):
+        together = run(pipe, **each, **NEGATIVE)
+        twice = run(pipe, PROMPTS, num_images_per_prompt=2, **each, **NEGATIVE)
+        with pytest.raises(ValueError, match="image embeddings"):
+            run(pipe, PROMPTS[:2], **each, **NEGATIVE)
+    for i in range(3):
+        one = {"ip_adapter_image_embeds": [EACH[i : i + 1]]}
+        assert relative(together[i], run(pipe, **one, **NEGATIVE)[i]) <= 1e-5
+        rows = run(pipe, num_images_per_prompt=2, **one, **NEGATIVE)
+        assert relative(twice[2 * i + 1], rows[2 * i + 1]) <= 1e-5
+
+
+def test_ip_adapter_weights_stay_modules(pipe):
+    """Adapter weights stay registered: they are saved, moved and cast with the model."""
+    load_ip_adapter(pipe)
+    keys = list(pipe.transformer.state_dict())
+    with apply(pipe, STYLE):
+        assert sorted(pipe.transformer.state_dict()) == sorted(keys)
+        found = pipe.transformer.transformer_blocks[0].attn.processor
+        assert isinstance(found, (FluxStyleIPAdapterProcessor, FluxIPAdapterAttnProcessor))
+        pipe.transformer.to(torch.float64)
+        assert found.to_k_ip[0].weight.dtype == torch.float64
+    pipe.transformer.to(torch.float32)
+
+
+def test_ip_adapter_without_image_says_so(pipe):
+    load_ip_adapter(pipe)
+    with apply(pipe, STYLE), pytest.raises(ValueError, match="ip_adapter_image"):
+        run(pipe)
+
+
+# What diffusers does to projections
+
+
+@pytest.mark.parametrize("order", ["fused first", "styled first"])
+def test_fused_projections(pipe, order):
+    with apply(pipe, STYLE):
+        expected = run(pipe)
+    if order == "fused first":
+        pipe.transformer.fuse_qkv_projections()
+    handle = apply(pipe, STYLE)
+    if order == "styled first":
+        pipe.transformer.fuse_qkv_projections()
+    asked = []
+    for name, module in pipe.transformer.named_modules():
+        if name.endswith(("to_qkv", "to_added_qkv")):
+            module.register_forward_hook(lambda *_: asked.append(1))
+    assert relative(run(pipe), expected) <= 1e-5
+    assert len(asked) == 3 * 6  # both streams of two double blocks, two single blocks
+    pipe.transformer.unfuse_qkv_projections()
+    assert relative(run(pipe), expected) <= 1e-5
+    handle.remove()
+
+
+def test_lora_on_and_off_is_seen(pipe):
+    from peft import LoraConfig
+
+    with apply(pipe, STYLE):
+        plain = run(pipe)
+    torch.manual_seed(0)
+    targets = ["to_q", "to_k", "to_v", "add_k_proj", "to_out.0", "to_add_out"]
+    pipe.transformer.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=targets))
+    changed = run(pipe)
+    with apply(pipe, FAINT):
+        assert relative(run(pipe), changed) <= 1e-5
+    with apply(pipe, STYLE):
+        assert relative(run(pipe), plain) > 1e-3
+        pipe.transformer.disable_adapters()
+        assert relative(run(pipe), plain) <= 1e-5
+
+
+class Quantised(torch.nn.Module):
+    """A linear layer that computes, and whose weight nobody may read."""
+
+    def __init__(self, inner):
+        super().__init__()
+        object.__setattr__(self, "inner", inner)
+
+    @property
+    def weight(self):
+        raise NotImplementedError("a quantised weight was read")
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_weights_are_never_read(pipe):
+    with apply(pipe, STYLE, REDUX):
+        expected = run(pipe)
+    for module in list(pipe.transformer.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Linear) and (name.startswith(("to_", "add_"))):
+                setattr(module, name, Quantised(child))
+    with apply(pipe, STYLE, REDUX):
+        assert torch.equal(run(pipe), expected)
+
+
+def test_layerwise_casting(pipe):
+    pipe.transformer.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    )
+    plain = run(pipe)
+    with apply(pipe, FAINT):
+        assert relative(run(pipe), plain) <= 1e-5
+    with apply(pipe, STYLE) as handle:
+        assert relative(run(pipe), plain) > 1e-3
+        assert "by device" not in {r.layer for r in handle.explain().rows}
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_sequential_offload(pipe, order):
+    from accelerate import cpu_offload
+
+    with apply(pipe, STYLE, REDUX):
+        expected = run(pipe)
+    if order == "before":
+        handle = apply(pipe, STYLE, REDUX)
+    cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
+    if order == "after":
+        handle = apply(pipe, STYLE, REDUX)
+    assert pipe.transformer.proj_out.weight.is_meta
+    assert relative(run(pipe), expected) <= 1e-5
+    assert "by device" in {r.backend for r in handle.explain().rows}
+    handle.remove()
+
+
+@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+def test_group_offload(pipe, level):
+    with apply(pipe, STYLE, REDUX):
+        expected = run(pipe)
+    with apply(pipe, STYLE, REDUX):
+        pipe.transformer.enable_group_offload(
+            onload_device=torch.device("cpu"),
+            offload_device=torch.device("cpu"),
+            offload_type=level,
+            num_blocks_per_group=1 if level == "block_level" else None,
+        )
+        assert relative(run(pipe), expected) <= 1e-5
+
+
+def test_heads_that_are_sharded(pipe):
+    """Tensor parallel: each rank has half the heads, the output projections add up."""
+    x = random_flux.inputs(batch=3)
+    attn = pipe.transformer.transformer_blocks[0].attn
+    seen, rotary = [], pipe.transformer.pos_embed(torch.cat([x["txt_ids"], x["img_ids"]]))
+    image, text = torch.randn(3, 12, 32), torch.randn(3, 7, 32)
+
+    def of_layer(module, args, kwargs, output):
+        inputs = {"image_rotary_emb": rotary, "encoder_hidden_states": text}
+        seen.append(attn.processor(attn, image, **inputs))
+
+    hook = pipe.transformer.x_embedder.register_forward_hook(of_layer, with_kwargs=True)
+    with apply(pipe, STYLE), torch.no_grad():
+        pipe.transformer(**x)
+        columns = [
+            getattr(attn, n)
+            for n in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+        ]
+        rows = [attn.to_out[0], attn.to_add_out]
+        whole = [(m.weight.data, m.bias.data) for m in (*columns, *rows)]
+        for rank in (0, 1):
+            half = slice(16 * rank, 16 * rank + 16)
+            for m, (weight, bias) in zip((*columns, *rows), whole, strict=True):
+                cut = m in columns
+                m.weight.data = weight[half] if cut else weight[:, half]
+                m.bias.data = bias[half] if cut else bias / 2
+            kept, pipe.transformer.transformer_blocks[0].forward = (
+                pipe.transformer.transformer_blocks[0].forward,
+                lambda hidden_states, encoder_hidden_states, **_: (
+                    encoder_hidden_states,
+                    hidden_states,
+                ),
+            )
+            pipe.transformer(**x)
+            pipe.transformer.transformer_blocks[0].forward = kept
+    hook.remove()
+    for i in (0, 1):
+        assert relative(seen[1][i] + seen[2][i], seen[0][i]) <= 1e-5
+
+
+def test_context_parallelism_is_refused_while_a_style_is_at_work(pipe):
+    with apply(pipe, STYLE) as handle:
+        for processor in processors(pipe).values():
+            processor._parallel_config = object()
+        with pytest.raises(RuntimeError, match="context parallelism"):
+            run(pipe)
+    assert all(p._parallel_config is not None for p in processors(pipe).values())
+    assert not handle.active
+
+
+def test_attention_backends_are_those_of_the_plain_processors(pipe):
+    """What `set_attention_backend` writes while a style is on holds after it."""
+    before = processors(pipe)
+    with apply(pipe, STYLE):
+        expected = run(pipe)
+        pipe.transformer.set_attention_backend("_native_math")
+        assert torch.equal(run(pipe), expected)  # styled layers run styleattn
+    assert {p._attention_backend.value for p in before.values()} == {"_native_math"}
+    pipe.transformer.reset_attention_backend()
+    from diffusers.models import attention_dispatch as dispatcher
+
+    dispatcher._AttentionBackendRegistry.set_active_backend(dispatcher.AttentionBackendName.NATIVE)
