@@ -8,24 +8,38 @@ from ._facts import Facts
 from ._joint import ContextMethod, JointCall, JointMethod
 from .aligned_gen import AlignedGen
 from .cross_image_attention import CrossImageAttention
+from .csgo import CSGO
+from .deadiff import DEADiff
 from .ip_adapter import IPAdapter
 from .mutual_attention import MutualAttention
+from .pulid_sdxl import PuLIDSDXL
+from .rb_modulation import RBModulation
 from .redux import Redux
 from .reference_only import ReferenceOnly
 from .style_aligned import StyleAligned
 from .style_injection import StyleID
+from .style_shot import StyleShot
+from .style_studio import StyleStudio, StyleStudioTeacher
 from .visual_style_prompting import VisualStylePrompting
+from .weight_types import WEIGHT_TYPES, weight_type
 from .z_star import ZStar
 
 _ALL = (
     StyleAligned,
     StyleID,
+    VisualStylePrompting,
+    ZStar,
     CrossImageAttention,
     MutualAttention,
     ReferenceOnly,
-    VisualStylePrompting,
-    ZStar,
     IPAdapter,
+    CSGO,
+    DEADiff,
+    StyleShot,
+    RBModulation,
+    StyleStudio,
+    StyleStudioTeacher,
+    PuLIDSDXL,
     AlignedGen,
     Redux,
 )
@@ -33,13 +47,16 @@ METHODS: dict[str, type[Any]] = {m.name: m for m in _ALL}
 """Every method by the name that settings and the command line use."""
 
 __all__ = [
+    "CSGO",
     "METHODS",
+    "WEIGHT_TYPES",
     "Adapter",
     "AlignedGen",
     "ContextMethod",
     "CrossCall",
     "CrossImageAttention",
     "CrossParts",
+    "DEADiff",
     "EncoderMethod",
     "Facts",
     "IPAdapter",
@@ -50,12 +67,18 @@ __all__ = [
     "Method",
     "MutualAttention",
     "NormCall",
+    "PuLIDSDXL",
+    "RBModulation",
     "Redux",
     "ReferenceOnly",
     "Rows",
     "SelfCall",
     "StyleAligned",
     "StyleID",
+    "StyleShot",
+    "StyleStudio",
+    "StyleStudioTeacher",
     "VisualStylePrompting",
     "ZStar",
+    "weight_type",
 ]

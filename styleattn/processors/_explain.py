@@ -48,10 +48,12 @@ def explanation(model: Any) -> Explanation:
     """The table of one denoiser."""
     controller = model.__dict__.get(CONTROLLER)
     rows = []
-    for key in model.attn_processors:
-        name = key.removesuffix(".processor")
-        attn = model.get_submodule(name)
-        rows.append(_attention_row(name, attn, controller))
+    further = () if controller is None else controller.companions
+    for part, owner in ((model, controller), *further):
+        prefix = "" if part is model else "controlnet."
+        for key in part.attn_processors:
+            name = key.removesuffix(".processor")
+            rows.append(_attention_row(prefix + name, part.get_submodule(name), owner))
     norms = {} if controller is None else controller.norms
     for norm_name, entry in norms.values():
         title = controller.methods[entry.method].name

@@ -3,17 +3,19 @@ anything is touched."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
 from styleattn.methods import EncoderMethod, Layer, Method
 from styleattn.references import Reference, StyleBank
 
 from ._attention import REPLACEABLE, STATE, Site
+from ._companion import COMPONENT as CONTROL
+from ._companion import ControlController, PairedController, concerns_control, control_of
 from ._controller import OURS, Controller
 from ._cross import CrossSite, Entry
 from ._layers import layer_weights
@@ -41,7 +43,7 @@ def self_attention_layers(model: UNet2DConditionModel) -> dict[str, Attention]:
     }
 
 
-def cross_attention_layers(model: UNet2DConditionModel) -> dict[str, Attention]:
+def cross_attention_layers(model: UNet2DConditionModel | ControlNetModel) -> dict[str, Attention]:
     """The cross-attention modules by path, in the order of `attn_processors`: down, up, mid."""
     names = [name.removesuffix(".processor") for name in model.attn_processors]
     found = {name: model.get_submodule(name) for name in names if name.endswith(".attn2")}
@@ -70,20 +72,51 @@ def plan(
     cross = cross_attention_layers(model)
     sizes = {n: (a.inner_dim, a.cross_attention_dim) for n, a in cross.items()}
     dtype = model.dtype if model.dtype in FLOATS else torch.float32
+    encoders = {i: m for i, m in enumerate(methods) if isinstance(m, EncoderMethod)}
     prompts = Prompts(
-        {
-            i: prompts_of(m, references[i], sizes, pipe, dtype)
-            for i, m in enumerate(methods)
-            if isinstance(m, EncoderMethod)
-        }
+        {i: prompts_of(m, references[i], sizes, pipe, dtype) for i, m in encoders.items()}
     )
-    controller = Controller(methods, references, bank, backend, pipe, prompts)
+    control = control_of(pipe, methods)
+    kind = Controller if control is None else PairedController
+    controller = kind(methods, references, bank, backend, pipe, prompts)
     for i, method in enumerate(methods):
         if isinstance(method, Method):
             _plan_self(controller, model, i, method)
         if isinstance(method, EncoderMethod):
             _plan_cross(controller, cross, i, method)
+    if control is not None:
+        _plan_control(controller, control, sizes, pipe)
+    _check_reach(controller, encoders)
     return controller
+
+
+def _plan_control(
+    controller: Controller,
+    control: ControlNetModel,
+    sizes: Mapping[str, tuple[int, int]],
+    pipe: Any,
+) -> None:
+    """The sites of methods with adapters for the pipeline's ControlNet."""
+    methods = {i: m for i, m in enumerate(controller.methods) if concerns_control(m)}
+    prompts = Prompts(
+        {i: prompts_of(m, m.references, sizes, pipe, component=CONTROL) for i, m in methods.items()}
+    )
+    companion = ControlController(controller, prompts)
+    layers = cross_attention_layers(control)
+    for i, method in methods.items():
+        _plan_cross(companion, layers, i, method, CONTROL)
+    controller.companions = ((control, companion),)
+
+
+def _check_reach(controller: Controller, encoders: Mapping[int, Any]) -> None:
+    """Refuse images that would act nowhere."""
+    planned = (controller, *(c for _, c in controller.companions))
+    taken = {i for c in planned for _, site in c.sites for i in site.methods}
+    for i, method in encoders.items():
+        if i not in taken and hasattr(method, "reaches"):
+            raise ValueError(
+                f"{method.name}: its adapter has projections for none of the chosen layers"
+            )
 
 
 def _plan_self(controller: Controller, model: UNet2DConditionModel, i: int, method: Method) -> None:
@@ -112,14 +145,21 @@ def _plan_self(controller: Controller, model: UNet2DConditionModel, i: int, meth
 
 
 def _plan_cross(
-    controller: Controller, layers: dict[str, Attention], i: int, method: EncoderMethod
+    controller: Controller,
+    layers: dict[str, Attention],
+    i: int,
+    method: EncoderMethod,
+    component: str = COMPONENT,
 ) -> None:
-    """The sites of a method on cross-attention: several methods may be on one layer."""
+    """The sites of a method on cross-attention: several methods may be on one layer. In further
+    components of the pipeline it has all layers that its adapter has."""
     if not layers:
         raise TypeError(f"{method.name} needs cross-attention layers, and the model has none")
     references = controller.references[i]
-    gates = layer_weights(method.layers, list(layers))
-    weights = [layer_weights(r.layers, list(layers)) for r in references]
+    further = component != COMPONENT
+    gates = layer_weights("all" if further else method.layers, list(layers))
+    weights = [layer_weights("all" if further else r.layers, list(layers)) for r in references]
+    reaches = getattr(method, "reaches", None)
     chosen = getattr(method, "negative_layers", None)
     negatives = (
         dict.fromkeys(layers, 0.0) if chosen is None else layer_weights(chosen, list(layers))
@@ -127,8 +167,12 @@ def _plan_cross(
     sites = {id(attn): site for attn, site in controller.sites}
     for index, (name, attn) in enumerate(layers.items()):
         layer = Layer(name, index, len(layers))
-        mine = tuple(r.weight * w[name] for r, w in zip(references, weights, strict=True))
-        if not method.takes_cross(layer) or not (gates[name] or method.adapter is None):
+        hits = [reaches is None or reaches(layer, j, component) for j in range(len(references))]
+        mine = tuple(
+            r.weight * w[name] * hit for r, w, hit in zip(references, weights, hits, strict=True)
+        )
+        takes = any(hits) if further else method.takes_cross(layer)
+        if not takes or not (gates[name] or method.adapter is None):
             continue
         base = _base(name, attn, CrossSite.replaceable)
         site = sites.get(id(attn))
