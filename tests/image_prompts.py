@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 WIDTH = 24  # of the image embeddings
+HIDDEN = 32  # of the encoder's tokens
 
 
 def cross_layers(unet: Any) -> list[str]:
@@ -53,6 +55,35 @@ def given(*images: Sequence[Tensor], guided: bool = True) -> list[Tensor]:
     """`ip_adapter_image_embeds`: for every adapter its images, one prompt; zeros first."""
     stacked = [torch.stack(list(each))[None] for each in images]
     return [torch.cat([torch.zeros_like(x), x]) if guided else x for x in stacked]
+
+
+def encoder(seed: int = 5, width: int = WIDTH) -> Any:
+    """A CLIP vision tower of random weights."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(seed)
+    config = CLIPVisionConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        projection_dim=width,
+    )
+    return CLIPVisionModelWithProjection(config).eval()
+
+
+def extractor() -> Any:
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (48, 36)) -> Image.Image:
+    g = torch.Generator().manual_seed(seed)
+    small = (torch.rand(4, 5, 3, generator=g) * 255).byte().numpy()
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from .aligned_gen import AlignedGen
 from .cross_image_attention import CrossImageAttention
 from .csgo import CSGO
 from .deadiff import DEADiff
+from .instant_style import InstantStyle
 from .ip_adapter import IPAdapter
 from .mutual_attention import MutualAttention
 from .pulid_sdxl import PuLIDSDXL
@@ -22,6 +23,7 @@ from .style_shot import StyleShot
 from .style_studio import StyleStudio, StyleStudioTeacher
 from .visual_style_prompting import VisualStylePrompting
 from .weight_types import WEIGHT_TYPES, weight_type
+from .weight_types import WEIGHT_TYPES, weight_type
 from .z_star import ZStar
 
 _ALL = (
@@ -33,6 +35,7 @@ _ALL = (
     MutualAttention,
     ReferenceOnly,
     IPAdapter,
+    InstantStyle,
     CSGO,
     DEADiff,
     StyleShot,
@@ -50,6 +53,7 @@ __all__ = [
     "CSGO",
     "METHODS",
     "WEIGHT_TYPES",
+    "WEIGHT_TYPES",
     "Adapter",
     "AlignedGen",
     "ContextMethod",
@@ -61,6 +65,7 @@ __all__ = [
     "Facts",
     "IPAdapter",
     "ImagePrompt",
+    "InstantStyle",
     "JointCall",
     "JointMethod",
     "Layer",
@@ -80,5 +85,6 @@ __all__ = [
     "StyleStudioTeacher",
     "VisualStylePrompting",
     "ZStar",
+    "weight_type",
     "weight_type",
 ]

@@ -53,7 +53,7 @@ class Images(Settings):
         """The settings as plain data. Files and folders stay; objects (an adapter, an encoder,
         pictures, tensors) are no settings and become None: put them back after `from_dict`."""
         data = super().to_dict()
-        for knob in ("adapter", "image_encoder", "text_encoder", "negative_content"):
+        for knob in ("adapter", "image_encoder", "text_encoder"):
             if knob in data:
                 value = getattr(self, knob)
                 is_path = isinstance(value, (str, os.PathLike))

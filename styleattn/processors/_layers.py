@@ -12,7 +12,7 @@ from styleattn.methods.weight_types import WEIGHT_TYPES, weight_type
 from styleattn.references import Layers
 
 PRESETS = ("all", "style", "layout", "late", "style_id")
-_XL = {"style": {"up": {"block_0": [0.0, 1.0, 0.0]}}, "layout": {"down": {"block_2": [0.0, 1.0]}}}
+_XL = {"style": ["up_blocks.0.attentions.1"], "layout": ["down_blocks.2.attentions.1"]}
 _V1 = {
     "style": ["up_blocks.1.*"],
     "layout": ["down_blocks.2.*", "mid_block.*"],
@@ -73,6 +73,8 @@ def _weighted(
     total = dict.fromkeys((*attention, *others), 0.0)
     for choice, scale in layers.items():
         _check_scale(repr(choice), scale)
+        if scale == 0:
+            continue
         known = choice in PRESETS or choice in WEIGHT_TYPES
         if not known and not any(_matches(str(choice), name) for name in attention):
             raise ValueError(

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from styleattn.adapters import Encoder, load_ip_adapter
+from styleattn.adapters import Encoder, load_ip_adapter, subtract_content
 from styleattn.inversion import read_picture
 from styleattn.references import Reference
+
+from ._texts import text_embedding
 
 LOADERS: dict[str, Callable[..., Any]] = {
     "ip_adapter": load_ip_adapter,
@@ -94,14 +96,27 @@ class Eye:
             ValueError: neither, or no encoder; says what is missing.
             FileNotFoundError: there is no such picture.
         """
-        if reference.embeds is not None:
-            return reference.embeds
-        if reference.image is None:
+        if reference.embeds is None and reference.image is None:
             raise ValueError(
                 f"{self.method.name}: a reference of an encoder method needs a picture (`image`) or"
                 " the image encoder's output for one (`embeds`)"
             )
-        return self.look(reference.image)
+        seen = reference.embeds
+        seen = self.look(reference.image) if seen is None else seen
+        if getattr(self.method, "negative_content", None) is None:
+            return seen
+        content, scale = self._content(), self.method.negative_content_scale
+        return subtract_content(seen[None], content, scale=scale, encoder=self._spec())[0]
+
+    def _content(self) -> Tensor:
+        """The embedding of what a method subtracts from its images."""
+        content, spec = self.method.negative_content, self._spec()
+        if isinstance(content, Tensor):
+            return content
+        if isinstance(content, str):
+            width = None if spec is None else spec.width
+            return text_embedding(self.method, content, self.pipe, width)
+        return self.look(content)
 
     def negative(self, reference: Reference, embeds: Tensor) -> Tensor:
         """What unconditional rows see: the reference's `negative`, or what the adapter takes for no
@@ -226,7 +241,7 @@ class Eye:
                 f"{self.method.name}: the adapter takes the {spec.output} output of {spec.tower},"
                 f" of width {spec.width}; the image encoder, a {type(tower).__name__}, has {got}"
             )
-        result: Tensor = found[0].float()
+        result: Tensor = found[0].float().cpu()
         return result
 
 
