@@ -1,0 +1,328 @@
+"""The gate that needs no GPU: every launch that can be chosen, compiled for GPUs that are not here.
+
+    python benchmarks/static_gate.py            check all cases against the stored baseline
+    python benchmarks/static_gate.py CASE ...   some of them; prints their facts
+    python benchmarks/static_gate.py --update   store a new baseline: the diff is the review
+
+A case is "KIND ARCH HEAD_DIM DTYPE [LENGTH]", say "shared sm_90 64 bfloat16". Run it in a process
+without TRITON_INTERPRET. What is checked: shared memory and registers fit, half precision runs on
+the matrix units and spills nothing in a hot loop, a turn of it has exactly the products of one step
+(2 * BLOCK_M * BLOCK_N * D multiply-adds), on sm_90 at least half of its exponentials run while
+products are under way, and neither that nor the instructions per score are 3 % worse than the
+baseline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from machine_code import read
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from styleattn.branch import Affine, Branch, Segment, normalize
+from styleattn.kernels import attention, configs, primitives
+from styleattn.kernels.attention import launch_of
+from styleattn.kernels.configs import ARCHITECTURES, high_width, low_width
+from styleattn.kernels.stats import stats_launches
+
+BASELINE = Path(__file__).parent / "results" / "static-gate.json"
+TOLERANCE = 1.03
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_MEMORY = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB
+LANES = {"gfx942": 64}
+OVERLAPPED = ("64", "128")  # head dimensions whose sm_90 loops overlap exponentials and products
+
+
+class _Shapes:
+    """Tensors of one call; their values do not matter."""
+
+    def __init__(self, head_dim: int, dtype: torch.dtype, length: int):
+        self.batch, self.heads, self.length, self.dim, self.dtype = 2, 2, length, head_dim, dtype
+
+    def tokens(self, n: int | None = None, rows: int | None = None) -> torch.Tensor:
+        n, rows = n or self.length, rows or self.batch
+        x = torch.empty(rows, n, self.heads, self.dim, dtype=self.dtype)
+        return x.transpose(1, 2)
+
+    def affine(self, center: bool = True) -> Affine:
+        shape = (self.batch, self.heads, self.dim)
+        return Affine(*(torch.ones(shape) for _ in range(3 if center else 2)))
+
+
+def _plain(x: _Shapes) -> tuple[Branch, ...]:
+    return (Branch((Segment(x.tokens(), x.tokens()),)),)
+
+
+def _shared(x: _Shapes, values: bool = False) -> tuple[Branch, ...]:
+    """StyleAligned: every fold, a shift, row 0 is the reference."""
+    key, value = x.tokens(), x.tokens()
+    own = Segment(
+        key, value, key_affine=x.affine(), value_affine=x.affine(False) if values else None
+    )
+    reference = Segment(
+        key,
+        value,
+        rows=torch.tensor([-1, 0]),
+        key_affine=x.affine(),
+        logit_bias=0.7,
+        logit_scale=1.1,
+    )
+    return (Branch((own, reference), query_affine=x.affine(False)),)
+
+
+def _injected(x: _Shapes) -> tuple[Branch, ...]:
+    """StyleID with blended keys and values."""
+    style = Segment(
+        x.tokens(rows=1),
+        x.tokens(rows=1),
+        logit_scale=torch.ones(x.batch),
+        own_key=x.tokens(),
+        own_value=x.tokens(),
+        kv_blend=0.5,
+    )
+    return (Branch((style,), content_query=x.tokens(), gamma=0.75),)
+
+
+def _joint(x: _Shapes) -> tuple[Branch, ...]:
+    """Segments under one softmax, with a bias per query, a key mask and null keys."""
+    n = x.length // 2
+    queries = torch.zeros(x.batch, x.length)
+    masked = Segment(x.tokens(n), x.tokens(n), key_bias=torch.zeros(x.batch, n), null_keys=4)
+    biased = Segment(x.tokens(n), x.tokens(n), logit_bias=queries)
+    return (Branch((Segment(x.tokens(), x.tokens()), biased, masked)),)
+
+
+def _decoupled(x: _Shapes) -> tuple[Branch, ...]:
+    text = Branch((Segment(x.tokens(77), x.tokens(77)),))
+    image = Segment(x.tokens(4), x.tokens(4))
+    return text, Branch((image,), weight=torch.ones(x.batch, x.length))
+
+
+def _cross(x: _Shapes) -> tuple[Branch, ...]:
+    """Too many keys for one tile."""
+    text = Branch((Segment(x.tokens(77), x.tokens(77)),))
+    return text, Branch((Segment(x.tokens(257), x.tokens(257)),), weight=0.5)
+
+
+KINDS: dict[str, Callable[[_Shapes], tuple[Branch, ...]]] = {
+    "plain": _plain,
+    "shared": _shared,
+    "shared-values": lambda x: _shared(x, values=True),
+    "injected": _injected,
+    "joint": _joint,
+    "decoupled": _decoupled,
+    "cross": _cross,
+}
+
+
+def launches(kind: str, arch: str, head_dim: int, dtype: torch.dtype, length: int) -> list[Any]:
+    """The launches of a case."""
+    shapes = _Shapes(head_dim, dtype, length)
+    query = shapes.tokens()
+    if kind == "stats":
+        mean = torch.empty(shapes.batch, shapes.heads, head_dim)
+        return stats_launches(query, 1e-5, mean, mean.clone())
+    branches, scale = normalize("cross_compile", query, KINDS[kind](shapes), None)
+    lse = torch.empty(len(branches), *query.shape[:3])
+    return [launch_of(query, branches, scale, torch.empty_like(query), lse, arch)]
+
+
+def build(launch: Any, arch: str) -> Any:
+    """Compile a launch exactly as a device of that architecture would specialise it."""
+    backend = make_backend(TARGETS[arch])
+    function, given = launch.kernel, {**launch.constants, **launch.options}
+    bind = create_function_from_signature(function.signature, function.params, backend)
+    bound, specialization, _ = bind(*launch.args, **given, debug=False)
+    options, signature, constants, attributes = function._pack_args(
+        backend, given, bound, specialization, {}
+    )
+    source = ASTSource(function, signature, constants, attributes)
+    return triton.compile(source, target=TARGETS[arch], options=options.__dict__)
+
+
+def facts(case: str) -> list[dict[str, Any]]:
+    """What the machine code of a case says, per launch."""
+    kind, arch, head_dim, dtype, *rest = case.split()
+    length = int(rest[0]) if rest else 1024
+    found = []
+    for launch in launches(kind, arch, int(head_dim), getattr(torch, dtype), length):
+        kernel = build(launch, arch)
+        warps = launch.options["num_warps"]
+        code = read(kernel, arch, warps)
+        blocks = {k: v for k, v in launch.constants.items() if k.startswith(("BLOCK", "COLUMNS"))}
+        fact = {**asdict(code), "shared": kernel.metadata.shared, **blocks, **launch.options}
+        if kind not in ("stats", "decoupled"):
+            scores = blocks["BLOCK_M"] * blocks["BLOCK_N"]
+            width = low_width(int(head_dim)) + high_width(int(head_dim))
+            each = [loop.products / (2 * scores * width) for loop in code.loops]
+            per = scores / (LANES.get(arch, 32) * warps)
+            fact["steps"] = each
+            fact["measures"] = [
+                [
+                    round(loop.instructions / per, 3),
+                    round(loop.overlap / loop.exponentials, 3),
+                ]
+                for loop in code.loops
+            ]
+        found.append(fact)
+    return found
+
+
+def faults(
+    case: str, found: list[dict[str, Any]], stored: list[list[list[float]]] | None
+) -> list[str]:
+    """Every reason why a case must not ship.
+
+    Args:
+        found: its facts.
+        stored: the baseline: per launch and loop the instructions per score, and the share of the
+            exponentials that overlap with products; None for none.
+    """
+    kind, arch, head_dim, dtype, *_ = case.split()
+    half = kind != "stats" and dtype != "float32"
+    reasons = []
+    for number, fact in enumerate(found):
+        if fact["shared"] > SHARED_MEMORY[arch] * 1024:
+            reasons.append(f"{fact['shared']} bytes of shared memory")
+        if fact["registers"] > (512 if arch == "gfx942" else 255) or fact["spilled"]:
+            reasons.append(f"{fact['registers']} registers, {fact['spilled']} spilled")
+        if half and not fact["matrix"]:
+            reasons.append("no matrix units")
+        for loop, steps in zip(fact["loops"], fact.get("steps", []), strict=False):
+            if half and loop["spills"]:
+                reasons.append(f"{loop['spills']} spills in a hot loop")
+            if half and loop["products"] and steps != 1:
+                reasons.append(f"a turn has the products of {steps:g} steps")
+            if half and arch == "sm_90" and head_dim in OVERLAPPED and kind in ("plain", "shared"):
+                share = loop["overlap"] / loop["exponentials"]
+                if share < 0.5:
+                    reasons.append(f"{share:.0%} of the exponentials overlap with products")
+        now = fact.get("measures", [])
+        before = now if stored is None else stored[number]
+        if len(now) != len(before):
+            reasons.append(f"{len(now)} hot loops, the baseline has {len(before)}")
+        for (cost, share), (least, most) in zip(now, before, strict=False):
+            if cost > TOLERANCE * least:
+                reasons.append(f"{cost} instructions per score, the baseline has {least}")
+            if share * TOLERANCE < most:
+                reasons.append(
+                    f"{share:.0%} of the exponentials overlap, the baseline has {most:.0%}"
+                )
+    return reasons
+
+
+def cases() -> Iterator[str]:
+    """Every launch configuration that can be chosen, by a call that chooses it."""
+    for arch in ARCHITECTURES:
+        for dim in (64, 128, 160, 256):
+            yield f"plain {arch} {dim} bfloat16"
+            yield f"plain {arch} {dim} float32"
+        for dim in (40, 64, 80, 128):
+            yield f"shared {arch} {dim} bfloat16"
+        for kind in ("shared-values", "injected", "joint"):
+            yield f"{kind} {arch} 64 float16 1000"
+        yield f"plain {arch} 64 bfloat16 64"  # few queries
+        yield f"plain {arch} 64 bfloat16 20"  # few keys
+        yield f"cross {arch} 64 bfloat16"
+        for dim in (64, 160):
+            yield f"decoupled {arch} {dim} float16"
+        yield f"decoupled {arch} 64 float32"
+        yield f"stats {arch} 64 bfloat16"
+
+
+def _warps() -> None:
+    """Half the warps for the same tile: more registers than there are."""
+    for key, tiles in configs.TILES.items():
+        configs.TILES[key] = tuple(
+            configs.Tile(t.block_m, t.block_n, max(1, t.warps // 2), t.stages) for t in tiles
+        )  # type: ignore[assignment]
+
+
+def _twice() -> None:
+    """The first chunk of Q K^T is multiplied twice."""
+    _rewrite(primitives.dot_qk, "    return s", "    return tl.dot(q[0], tl.trans(k[0]), s)")
+
+
+def _unrotated() -> None:
+    """The products of the next step are issued after the exponentials of this one."""
+    issue = "            s = _products(q, segment, blend, row, b, h, at, n, None, D)\n"
+    look = "            exponents, decay, top = measure(s, top, scale, _key_bias(segment, row, at"
+    _rewrite(attention._attend, issue, "")
+    _rewrite(attention._attend, look, issue + look)
+
+
+SPOILS: dict[str, Callable[[], None]] = {
+    "warps": _warps,
+    "twice": _twice,
+    "unrotated": _unrotated,
+}
+"""Deliberate damage, by name: the gate must refuse each."""
+
+
+def _rewrite(function: Any, old: str, new: str) -> None:
+    if function.src.count(old) != 1:
+        raise ValueError(f"{function.__name__} does not have once: {old!r}")
+    function._unsafe_update_src(function.src.replace(old, new))
+
+
+def stored() -> dict[str, list[list[list[float]]]]:
+    """The baseline of this version of Triton, by case; empty where there is none."""
+    if not BASELINE.is_file():
+        return {}
+    found = json.loads(BASELINE.read_text())
+    return found["cases"] if found["triton"] == triton.__version__ else {}
+
+
+def _checked(case: str) -> tuple[str, list[dict[str, Any]], list[str]]:
+    found = facts(case)
+    return case, found, faults(case, found, stored().get(case))
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*")
+    parser.add_argument("--update", action="store_true")
+    parser.add_argument("--json", action="store_true", help="the facts of each case, one per line")
+    parser.add_argument("--spoil", choices=sorted(SPOILS))
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    values = parser.parse_args(arguments)
+    if values.spoil:
+        SPOILS[values.spoil]()
+    chosen, refused, baseline = values.cases or list(cases()), 0, dict(stored())
+    with ProcessPoolExecutor(1 if values.spoil else values.processes) as pool:
+        for case, found, reasons in (map if values.spoil else pool.map)(_checked, chosen):
+            baseline[case] = [fact.get("measures", []) for fact in found]
+            refused += bool(reasons)
+            if values.json:
+                print(json.dumps({"case": case, "facts": found, "faults": reasons}), flush=True)
+            else:
+                loops = ", ".join(str(x) for launch in baseline[case] for x, _ in launch) or "-"
+                print(f"{case:36} {loops:20} {'; '.join(reasons) or 'ok'}", flush=True)
+    if values.update:
+        lines = ",\n".join(f" {json.dumps(c)}: {json.dumps(m)}" for c, m in baseline.items())
+        head = f'"triton": {json.dumps(triton.__version__)}'
+        BASELINE.write_text(f'{{{head}, "cases": {{\n{lines}\n}}}}\n')
+        return 0
+    return int(bool(refused))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
