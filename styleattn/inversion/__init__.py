@@ -9,8 +9,9 @@ from .host import (
     fingerprint,
     read_picture,
 )
-from .invert import Stopped, ddim_invert, ddim_sample, round_trip_error
+from .invert import ddim_invert, ddim_sample, round_trip_error
 from .trajectory import Trajectory
+from .walk import Stopped
 
 __all__ = [
     "FileRefused",

@@ -3,19 +3,14 @@ and text encoders."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ddim
-from .files import load_tensors, save_tensors
 from .host import (
     Picture,
     Schedule,
@@ -31,18 +26,7 @@ from .host import (
     vae_scale,
 )
 from .trajectory import Trajectory
-
-Callback = Callable[[int, int], bool | None]
-CHECKPOINT = "styleattn.inversion-checkpoint"
-
-
-class Stopped(RuntimeError):
-    """A callback asked to stop; ``done`` of ``total`` moves were made."""
-
-    def __init__(self, done: int, total: int, checkpoint: str | None):
-        kept = f"; {checkpoint} resumes it" if checkpoint else ""
-        super().__init__(f"stopped after {done} of {total} steps{kept}")
-        self.done, self.total = done, total
+from .walk import Advance, Callback, Checkpoint, identity, report, walk
 
 
 def ddim_invert(
@@ -98,19 +82,19 @@ def ddim_invert(
         section 4.3.
     """
     check_host(pipe, "ddim_invert")
-    clean, size = _clean_latents(pipe, picture, height, width)
-    schedule, timesteps = _schedule(pipe, num_inference_steps)
+    clean, size = clean_latents(pipe, picture, height, width)
+    schedule, timesteps = steps_of(pipe, num_inference_steps)
     plan = ddim.inversion_plan(
         timesteps[::-1], schedule.alphas_cumprod, schedule.final_alpha, labels
     )
     prompts = encode_prompts(pipe, [prompt])
     epsilon = noise_function(pipe, prompts, guidance_scale, *size)
     network = fingerprint(pipe.unet)
-    identity = _identity(clean, prompt, guidance_scale, labels, timesteps, network)
-    keeper = _Checkpoint(checkpoint, identity, checkpoint_every)
+    name = identity(clean, prompt, guidance_scale, labels, timesteps, network)
+    keeper = Checkpoint(checkpoint, name, checkpoint_every)
     total = len(plan) * (2 if round_trip else 1)
-    done = _walk(clean.to(device_of(pipe)), plan, epsilon, keeper, callback, total)
-    trajectory = _trajectory(
+    done = walk(clean, len(plan), moving(pipe, plan, epsilon), keeper, callback, total)
+    trajectory = as_trajectory(
         _shown(done, labels),
         timesteps,
         schedule,
@@ -152,14 +136,14 @@ def ddim_sample(
     """
     check_host(pipe, "ddim_sample")
     size = _size(pipe, height, width)
-    schedule, timesteps = _schedule(pipe, num_inference_steps)
+    schedule, timesteps = steps_of(pipe, num_inference_steps)
     plan = ddim.sampling_plan(timesteps, schedule.alphas_cumprod, schedule.final_alpha)
     epsilon = noise_function(pipe, encode_prompts(pipe, [prompt]), guidance_scale, *size)
     shape = (1, pipe.unet.config.in_channels, *(s // vae_scale(pipe) for s in size))
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    keeper = _Checkpoint(None, "", 1)
-    done = _walk(noise.to(device_of(pipe)), plan, epsilon, keeper, callback, len(plan))
-    return _trajectory(
+    keeper = Checkpoint(None, "", 1)
+    done = walk(noise, len(plan), moving(pipe, plan, epsilon), keeper, callback, len(plan))
+    return as_trajectory(
         done,
         timesteps,
         schedule,
@@ -204,7 +188,7 @@ def check_run(
     return _size(pipe, height, width)
 
 
-def _schedule(pipe: Any, num_inference_steps: int) -> tuple[Schedule, list[int]]:
+def steps_of(pipe: Any, num_inference_steps: int) -> tuple[Schedule, list[int]]:
     check_run(pipe, num_inference_steps, None, None)
     return schedule_of(pipe), timesteps_of(pipe, num_inference_steps)
 
@@ -220,7 +204,7 @@ def _size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
     return size
 
 
-def _clean_latents(
+def clean_latents(
     pipe: Any, picture: Picture | Tensor, height: int | None, width: int | None
 ) -> tuple[Tensor, tuple[int, int]]:
     """[1, C, h, w] fp32 and the size in pixels."""
@@ -242,30 +226,14 @@ def _clean_latents(
     return latents, found
 
 
-def _identity(clean: Tensor, *settings: object) -> str:
-    digest = hashlib.sha256(clean.cpu().numpy().tobytes())
-    digest.update(repr(settings).encode())
-    return digest.hexdigest()
+def moving(pipe: Any, plan: Sequence[ddim.Move], epsilon: ddim.Epsilon) -> Advance:
+    """The moves of a DDIM plan, one after the other, where the pipeline computes."""
 
+    def advance(found: list[Tensor]) -> Tensor:
+        here = found[-1].to(device_of(pipe))
+        return next(ddim.run(here, plan[len(found) - 1 : len(found)], epsilon))
 
-def _walk(
-    x: Tensor,
-    plan: list[ddim.Move],
-    epsilon: ddim.Epsilon,
-    keeper: _Checkpoint,
-    callback: Callback | None,
-    total: int,
-) -> list[Tensor]:
-    """All latents of a plan, the start included, on the CPU; goes on where the checkpoint
-    stopped."""
-    found = keeper.load() or [x.cpu()]
-    x = found[-1].to(x.device)
-    with keeper.saving(found):
-        for latent in ddim.run(x, plan[len(found) - 1 :], epsilon):
-            found.append(latent.cpu())
-            keeper.tick(found)
-            _report(callback, len(found) - 1, total, keeper)
-    return found
+    return advance
 
 
 def _shown(done: list[Tensor], labels: str) -> list[Tensor]:
@@ -280,12 +248,7 @@ def _shown(done: list[Tensor], labels: str) -> list[Tensor]:
     return [done[-1], *done[:-2][::-1], done[0]]
 
 
-def _report(callback: Callback | None, done: int, total: int, keeper: _Checkpoint | None) -> None:
-    if callback is not None and callback(done, total) is False and done < total:
-        raise Stopped(done, total, keeper.name if keeper else None)
-
-
-def _trajectory(
+def as_trajectory(
     latents: list[Tensor],
     timesteps: list[int],
     schedule: Schedule,
@@ -333,52 +296,5 @@ def _round_trip(
     found = trajectory.latents[:1].to(device)
     for done, latent in enumerate(ddim.run(found, plan, epsilon), len(plan) + 1):
         found = latent
-        _report(callback, done, total, None)
+        report(callback, done, total, None)
     return ddim.relative_error(found.cpu(), trajectory.latents[-1:])
-
-
-@dataclass
-class _Checkpoint:
-    """The latents found so far, in a file that belongs to one inversion only."""
-
-    path: str | os.PathLike[str] | None
-    identity: str
-    every: int
-
-    @property
-    def name(self) -> str | None:
-        return None if self.path is None else os.fspath(self.path)
-
-    def load(self) -> list[Tensor] | None:
-        if self.path is None or not Path(self.path).exists():
-            return None
-        tensors, metadata = load_tensors(self.path, CHECKPOINT)
-        if metadata.get("identity") != self.identity:
-            raise ValueError(
-                f"checkpoint {self.name} belongs to another inversion "
-                "(picture, prompt or settings differ); delete it"
-            )
-        return list(tensors["latents"].split(1))
-
-    def save(self, found: list[Tensor]) -> None:
-        if self.path is not None:
-            tensors = {"latents": torch.cat(found)}
-            save_tensors(self.path, tensors, CHECKPOINT, {"identity": self.identity})
-
-    def tick(self, found: list[Tensor]) -> None:
-        if (len(found) - 1) % max(1, self.every) == 0:
-            self.save(found)
-
-    @contextlib.contextmanager
-    def saving(self, found: list[Tensor]) -> Iterator[None]:
-        """Save what there is when the walk is left early, whatever the reason."""
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(OSError):
-                self.save(found)
-            raise
-
-    def remove(self) -> None:
-        if self.path is not None:
-            Path(self.path).unlink(missing_ok=True)
