@@ -105,13 +105,13 @@ class Reference:
     """
 
     image: Any = None
-    latents: Any = None
+    latents: Any = field(default=None, repr=False)
     prompt: str = ""
     weight: float = 1.0
-    mask: Tensor | None = None
+    mask: Tensor | None = field(default=None, repr=False)
     layers: Layers = "all"
     steps: Steps = (0.0, 1.0)
-    embeds: Tensor | None = None
+    embeds: Tensor | None = field(default=None, repr=False)
     prompts: tuple[int, ...] | None = None
     negative: Any = None
 
@@ -215,9 +215,9 @@ class StyleBank:
     Source: StyleAligned, arXiv 2312.02133, transfer from a real image.
     """
 
-    latents: Tensor
-    timesteps: Tensor
-    conditions: Mapping[str, Tensor]
+    latents: Tensor = field(repr=False)
+    timesteps: Tensor = field(repr=False)
+    conditions: Mapping[str, Tensor] = field(repr=False)
     references: tuple[Reference, ...] = (Reference(),)
     offset: int = 0
     fingerprint: str = ""

@@ -253,8 +253,8 @@ def assert_within_error_budget(
 
     Output: at most twice (what the eager formula in the same dtype loses + one rounding, of the
     output or of the logits: exp turns the rounding of a logit x, |x| times half an fp32 ulp, into a
-    relative error, and a few queries are no sample of it). LSE: 1e-5 in fp32 and 1e-3 in half
-    precision, relative where it is above 1.
+    relative error, and a few queries are no sample of it; a segment's LSE stands for its logits).
+    LSE: 1e-5 in fp32 and 1e-3 in half precision, relative where it is above 1.
 
     Raises:
         AssertionError: with both errors.
@@ -263,15 +263,28 @@ def assert_within_error_budget(
     assert actual.shape == expected.shape and actual.dtype == query.dtype
     assert torch.isfinite(actual).all(), "not finite"
     naive, _ = eager(query, branches, softmax_scale)
-    error, largest = relative_error(actual, expected), float(_finite(expected_lse).abs().max())
-    floor = max(torch.finfo(query.dtype).eps, torch.finfo(torch.float32).eps / 2 * largest)
+    error = relative_error(actual, expected)
+    logits = _largest_logit(query, branches, softmax_scale)
+    floor = max(torch.finfo(query.dtype).eps, torch.finfo(torch.float32).eps / 2 * logits)
     allowed = relative_error(naive, expected) + max(rounding(query.dtype, expected), floor)
     assert error <= 2 * allowed, f"error {error:.2e}, budget {2 * allowed:.2e} ({query.dtype})"
     assert lse.dtype == torch.float32 and lse.shape == expected_lse.shape
     assert torch.equal(lse == NEG_INF, expected_lse == NEG_INF), "rows without keys"
     error = largest_difference(lse, expected_lse)
+    largest = float(_finite(expected_lse).abs().max())
     bound = (1e-3 if query.dtype in HALF else 1e-5) * max(1.0, largest)
     assert error <= bound, f"lse error {error:.2e}, budget {bound:.2e} ({query.dtype})"
+
+
+def _largest_logit(query: Tensor, branches: Sequence[Branch], softmax_scale: float | None) -> float:
+    """The largest log-sum-exp, in size, of a segment without its null keys."""
+    alone = [
+        replace(branch, segments=(replace(s, null_keys=0),))
+        for branch in branches
+        for s in branch.segments
+        if s.key.shape[2]
+    ]
+    return float(_finite(exact(query, alone, softmax_scale)[1]).abs().max()) if alone else 0.0
 
 
 def _finite(lse: Tensor) -> Tensor:

@@ -97,6 +97,63 @@ def test_any_combination(backend, spec):
     assert_within_error_budget(out, lse, query, call, scale)
 
 
+FOUND = {  # by the random combinations, as small as they get
+    "merged with null keys": CallSpec(
+        batch=1, heads=1, length=2, head_dim=8,
+        branches=(
+            BranchSpec(
+                (SegmentSpec(5, affines="k", null_keys=1), SegmentSpec(5, blend="float")),
+                query_affine=True,
+            ),
+        ),
+    ),
+    "a small share": CallSpec(
+        batch=1, heads=1, length=1,
+        branches=(
+            BranchSpec(
+                (SegmentSpec(1, affines="v", logit_bias="float", key_bias="shared", null_keys=1),)
+            ),
+        ),
+        softmax_scale=1.0,
+    ),
+    "one key": CallSpec(
+        batch=2, heads=3, head_dim=64,
+        branches=(
+            BranchSpec(
+                (
+                    SegmentSpec(
+                        1, "one", logit_bias="float", key_bias="shared", null_keys=16
+                    ),
+                )
+            ),
+        ),
+        seed=2,
+    ),
+}  # fmt: skip
+
+
+@backends
+@pytest.mark.parametrize("name", FOUND)
+def test_found_at_random(backend, name):
+    query, call, scale = FOUND[name].build()
+    out, lse = styleattn.attention(
+        query, call, softmax_scale=scale, return_lse=True, backend=backend
+    )
+    assert_within_error_budget(out, lse, query, call, scale)
+
+
+@backends
+def test_shares_of_a_merge_add_up(backend):
+    """A log-sum-exp of 90 has no more than 5 digits behind the point: the shares must not need
+    them."""
+    g = torch.Generator().manual_seed(10)
+    q, k = (features(g, (1, 1, 33, 16)) for _ in range(2))
+    same = torch.ones(1, 1, 33, 16)
+    segments = (Segment(k, same, logit_bias=90.0), Segment(k.flip(2), same, logit_bias=89.0))
+    out = styleattn.attention(q, [Branch(segments)], backend=backend)
+    assert float((out - 1).abs().max()) <= 4 * torch.finfo(torch.float32).eps
+
+
 @backends
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (1.0, math.log(2)), (1.1, 0.7)])

@@ -18,6 +18,8 @@ from styleattn.methods import METHODS, Method
 from styleattn.references import VERSION, Reference, StyleBank
 
 from . import paused
+from ._layers import layer_weights
+from .unet import self_attention_layers
 
 PICTURE_GUIDANCE, SAMPLE_GUIDANCE = 2.0, 5.0
 PAPER_OFFSET = 5
@@ -58,7 +60,8 @@ def build_bank(
 
     Raises:
         TypeError: a pipeline or a reference that is not supported.
-        ValueError: pictures, sizes or trajectories that do not fit together.
+        ValueError: layers that the model does not have; pictures, sizes or trajectories that do not
+            fit together.
 
     Source: Hertz et al., StyleAligned, arXiv 2312.02133, transfer from a real image.
     """
@@ -68,6 +71,8 @@ def build_bank(
         raise TypeError("build_bank takes one Reference or several")
     if isinstance(method, type) or not isinstance(method, Method):
         raise TypeError(f"build_bank needs a method to make the bank for: {', '.join(METHODS)}")
+    for reference in chosen:  # what `apply` would refuse is refused before the work
+        layer_weights(reference.layers, list(self_attention_layers(pipe.unet)))
     options: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,
         "height": height,

@@ -230,6 +230,7 @@ def test_bad_references(settings, says):
         (lambda p, t: build_bank(p, "a.png", STYLE), TypeError, "one Reference or several"),
         (lambda p, t: build_bank(p, Reference(), StyleAligned), TypeError, "needs a method"),
         (lambda p, t: build_bank(p.unet, Reference(), STYLE), TypeError, "build_bank"),
+        (lambda p, t: build_bank(p, Reference(layers="no*"), STYLE), ValueError, "no\\*"),
         (
             lambda p, t: build_bank(
                 p, [Reference(latents=t), Reference()], STYLE, num_inference_steps=2
@@ -243,6 +244,10 @@ def test_bad_references(settings, says):
 def test_bad_requests(pipe, trajectory, act, kind, says):
     with pytest.raises(kind, match=says):
         act(pipe, trajectory)
+
+
+def test_it_prints_in_a_few_lines(bank):
+    assert len(repr(bank)) < 2000 and "fingerprint" in repr(bank)
 
 
 def test_trajectories_of_other_schedulers_are_refused(pipe, trajectory):
