@@ -1,5 +1,6 @@
 """Inversion: from a picture to the noise that would make it, with every latent on the way."""
 
+from .belm import belm_invert, belm_sample
 from .files import FileRefused
 from .host import (
     HostUnsupported,
@@ -10,6 +11,8 @@ from .host import (
     read_picture,
 )
 from .invert import ddim_invert, ddim_sample, round_trip_error
+from .noising import noised
+from .renoise import ReNoise, renoise_invert
 from .trajectory import Trajectory
 from .walk import Stopped
 
@@ -17,13 +20,18 @@ __all__ = [
     "FileRefused",
     "HostUnsupported",
     "Prompts",
+    "ReNoise",
     "Stopped",
     "Trajectory",
+    "belm_invert",
+    "belm_sample",
     "ddim_invert",
     "ddim_sample",
     "encode_picture",
     "encode_prompts",
     "fingerprint",
+    "noised",
     "read_picture",
+    "renoise_invert",
     "round_trip_error",
 ]

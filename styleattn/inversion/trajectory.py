@@ -14,7 +14,7 @@ from .files import FileRefused, load_tensors, save_tensors
 
 KIND = "styleattn.trajectory"
 VERSION = 1
-METHODS = ("ddim", "sample")
+METHODS = ("ddim", "sample", "renoise", "belm", "noised")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +30,10 @@ class Trajectory:
         prompt: what the picture shows, as told to the model.
         guidance_scale: of classifier-free guidance along the trajectory.
         height, width: of the picture, in pixels.
-        labels: "paper" or "consistent" (:func:`styleattn.inversion.ddim.inversion_plan`).
-        method: "ddim", inverted from a picture, or "sample", sampled from noise and recorded.
+        labels: "paper", "consistent" or "style_id"
+            (:func:`styleattn.inversion.ddim.inversion_plan`).
+        method: "ddim", "renoise" or "belm", inverted from a picture; "noised", a picture under
+            fresh noise of every level; or "sample", sampled from noise and recorded.
         fingerprint: of the UNet that made it (:func:`styleattn.inversion.fingerprint`).
         round_trip_error: ‖z_0' - z_0‖ / ‖z_0‖ after sampling back from z_T, where it was measured.
 
