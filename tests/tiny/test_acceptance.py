@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
@@ -39,7 +38,7 @@ class Setup:
     method: StyleAligned
 
 
-SETUP = Setup(Sampling(30, 3.0), Inversion(1.0), StyleAligned(shared_score_shift=log(2)))
+SETUP = Setup(Sampling(20, 3.0), Inversion(1.0, offset=0), StyleAligned(shared_score_shift=log(2)))
 
 
 @dataclass(frozen=True)
@@ -124,13 +123,17 @@ def quiet_pipe() -> Any:
     return pipe
 
 
+def test_a_few_images_of_the_shipped_weights() -> None:
+    """Two references, eight images: a quick look that the weights and the way to them are right."""
+    pipe, found = quiet_pipe(), jobs(8)
+    styled = measured(pipe, "from a picture", found)
+    assert styled.style_match >= 0.75 and styled.content_accuracy >= 0.75, styled.as_dict()
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "STYLEATTN_ACCEPTANCE" not in os.environ, reason="the shipped weights do not reach it yet"
-)
 def test_the_style_comes_from_the_reference_and_the_content_from_the_prompt() -> None:
-    """The issue's numbers; `STYLEATTN_ACCEPTANCE=200` draws all the images, else 32."""
-    pipe, found = quiet_pipe(), jobs(int(os.environ.get("STYLEATTN_ACCEPTANCE", "32")))
+    """What the model card states, on 200 images of held-out seeds."""
+    pipe, found = quiet_pipe(), jobs(200)
     plain = measured(pipe, "without", found)
     styled = measured(pipe, "from a picture", found)
     report = json.dumps({"without": plain.as_dict(), "styled": styled.as_dict()}, indent=1)
@@ -144,9 +147,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--seed", type=int, default=20_000)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--offset", type=int, help="of the reference; the default is the paper's")
+    parser.add_argument("--steps", type=int, default=SETUP.sampling.num_inference_steps)
+    parser.add_argument("--guidance", type=float, default=SETUP.sampling.guidance_scale)
+    parser.add_argument("--offset", type=int, default=SETUP.inversion.offset)
     values = parser.parse_args()
     sampling = Sampling(values.steps, values.guidance)
     setup = Setup(sampling, Inversion(1.0, offset=values.offset), SETUP.method)
