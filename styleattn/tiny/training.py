@@ -218,8 +218,11 @@ class BaseRun(ABC):
 def add_settings(parser: argparse.ArgumentParser, defaults: Settings) -> None:
     """Give a parser one option for each of the settings."""
     for name, value in asdict(defaults).items():
-        kind = type(value) if not isinstance(value, bool) else lambda text: text == "yes"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value)
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=value)
+        else:
+            parser.add_argument(option, type=type(value), default=value)
 
 
 def run_command(
