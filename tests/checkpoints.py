@@ -297,3 +297,41 @@ def pulid_pairs(layers: Sequence[tuple[str, int, int]]) -> Shapes:
         for i, (_, inner, cross) in enumerate(layers)
         for x in "kv"
     }
+
+
+def style_aware(widths: tuple[int, int, int], out: int, depth: int = 32) -> Shapes:
+    """style_aware_encoder.bin, with the part of CLIP that it does not use."""
+    a, b, c = widths
+    clip = "image_encoder.vision_model."
+    shapes: Shapes = {
+        f"{clip}embeddings.class_embedding": (c,),
+        f"{clip}embeddings.patch_embedding.weight": (c, 3, 14, 14),
+        f"{clip}embeddings.position_embedding.weight": (257, c),
+        "image_encoder.visual_projection.weight": (out, c),
+        "position_embedding.weight": (59, c),
+        **{f"style_embeddings.{i}": (c,) for i in range(3)},
+    }
+    norms = [f"{clip}pre_layrnorm", f"{clip}post_layernorm"]
+    for i in range(depth):
+        stem = f"{clip}encoder.layers.{i}."
+        for name, o, into in (("mlp.fc1", 4 * c, c), ("mlp.fc2", c, 4 * c)):
+            shapes |= {f"{stem}{name}.weight": (o, into), f"{stem}{name}.bias": (o,)}
+        for name in ("q", "k", "v", "out"):
+            shapes |= {f"{stem}self_attn.{name}_proj.weight": (c, c)}
+            shapes |= {f"{stem}self_attn.{name}_proj.bias": (c,)}
+        norms += [f"{stem}layer_norm1", f"{stem}layer_norm2"]
+    for name in norms:
+        shapes |= {f"{name}.weight": (c,), f"{name}.bias": (c,)}
+    stages = {0: [(a, a), (a, b), (b, b), (b, b), (b, c), (c, c)]}
+    stages |= {1: [(a, a), (a, b), (b, b), (b, c), (c, c)], 2: [(a, a), (a, b), (b, c), (c, c)]}
+    for net, body in stages.items():
+        convs = {
+            "conv_in": (a, 192, 3),
+            **{f"body.{i}.block1": (o, o, 3) for i, (_, o) in enumerate(body)},
+        }
+        convs |= {f"body.{i}.block2": (o, o, 1) for i, (_, o) in enumerate(body)}
+        convs |= {f"body.{i}.in_conv": (o, n, 1) for i, (n, o) in enumerate(body) if n != o}
+        for name, (o, n, k) in convs.items():
+            shapes |= {f"cnn.{net}.{name}.weight": (o, n, k, k), f"cnn.{net}.{name}.bias": (o,)}
+        shapes |= {f"cnn.{net}.adapter.weight": (c, c), f"cnn.{net}.adapter.bias": (c,)}
+    return shapes

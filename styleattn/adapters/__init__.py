@@ -11,6 +11,7 @@ from .ip_adapter import ip_adapter_from, load_ip_adapter
 from .pulid import PuLID, load_pulid
 from .pulid_sdxl import PuLIDSDXLAdapter, load_pulid_sdxl
 from .redux import Redux, load_redux
+from .style_aware import StyleAwareEncoder, load_style_aware_encoder, style_patches
 from .styleshot import load_styleshot
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "PuLID",
     "PuLIDSDXLAdapter",
     "Redux",
+    "StyleAwareEncoder",
     "checkpoint_order",
     "flux_order",
     "ip_adapter_from",
@@ -35,7 +37,9 @@ __all__ = [
     "load_pulid",
     "load_pulid_sdxl",
     "load_redux",
+    "load_style_aware_encoder",
     "load_styleshot",
     "read_tensors",
+    "style_patches",
     "subtract_content",
 ]

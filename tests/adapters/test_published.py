@@ -131,3 +131,12 @@ def test_pulid_sdxl(give: Read, version: str) -> None:
     tokens = adapter.identity(meta(1, 1280), [meta(1, 577, 1024)] * 5)
     assert tokens.shape == (1, {"v1": 10, "v1.1": 32}[version], 2048)
     assert len(adapter.layers) == 70
+
+
+def test_style_aware_encoder(give: Read) -> None:
+    """CLIP ViT-H/14's transformer has 630M parameters."""
+    give("style_aware", checkpoints.style_aware((320, 640, 1280), 1024))
+    encoder = adapters.load_style_aware_encoder("style_aware_encoder.bin")
+    assert abs(parameters(encoder.layers) - 630e6) < 1e6
+    patches = [meta(1, 8, 3, 128, 128), meta(1, 16, 3, 64, 64), meta(1, 32, 3, 32, 32)]
+    assert encoder(patches).shape == (1, 3, 1024)
