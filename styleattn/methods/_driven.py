@@ -20,8 +20,8 @@ class ImageDriven(Images):
     """Base of methods that show images to cross-attention.
 
     Args:
-        adapter: what makes tokens and keys (`styleattn.adapters`). Where images have roles, it has
-            an adapter for each role as an attribute of that name.
+        adapter: what makes tokens and keys (`styleattn.adapters`), or its file. Where images have
+            roles, it has an adapter for each role as an attribute of that name.
         layers: which cross-attention layers: "all", "style", "layout", patterns, or diffusers'
             scale dictionary.
         steps: when: (start, end) fractions of the run, or a curve of weights.

@@ -30,7 +30,7 @@ class CSGO(ImageDriven):
         compat: "released" is the wiring of the authors' code, where the content has no effect in
             the UNet whatever its scale: it acts through the ControlNet alone. "" is the paper's.
         adapter: has `style`, and `content` and `control` where they are wanted, as `load_csgo`
-            returns them.
+            returns them; or its file, which acts where `load_csgo` says by itself.
         references: content and style, or style alone.
         layers, steps, image_encoder: as `ImageDriven`; `layers`, of the method and of its
             references, count for the UNet.

@@ -39,8 +39,9 @@ class DEADiff(ImageDriven):
         subject: what each reference shows, "style" or "content"; style alone, content alone, or
             both.
         queries: tokens of an image, and with it the number of the zero tokens.
-        adapter: has `style` and `content`, as `load_deadiff` returns them; only those that
-            `subject` names are needed.
+        adapter: has `style` and `content`, as `load_deadiff` returns them, or its file; only those
+            that `subject` names are needed. The checkpoint has a UNet of its own: load
+            `load_deadiff(...).unet` into the pipeline's.
         layers, steps, references: as `ImageDriven`; one reference for each subject, without masks.
             Outside of `layers` and `steps` the model is as it was, without zero tokens.
 

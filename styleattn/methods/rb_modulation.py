@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from styleattn.branch import Branch, Segment
 
@@ -30,7 +30,7 @@ class RBModulation(ImageDriven):
 
     Args:
         scale: how much of the mean replaces the text's attention; 1 is the paper.
-        adapter: has `style`, and `content` where it is wanted: adapters such as IP-Adapter's.
+        adapter: such as IP-Adapter's, or its file; or has `style` and `content`, one for each.
         references: content and style, or style alone; the content without a mask.
         layers, steps, image_encoder: as `ImageDriven`.
 
@@ -52,6 +52,12 @@ class RBModulation(ImageDriven):
         needs="prompts, a style picture, weights of an image adapter such as IP-Adapter's",
         weights="none of its own",
     )
+
+    def adapter_of(self, index: int, component: str = "unet") -> Any:
+        """The role's adapter, or the one for all."""
+        if component == "unet" and not hasattr(self.adapter, "style"):
+            return self.adapter
+        return super().adapter_of(index, component)
 
     def cross_parts(self, call: CrossCall) -> CrossParts:
         """The sets beside the text's own, and the text's share."""

@@ -5,6 +5,7 @@ from typing import Any
 
 _HOMES = {
     "banks": ("bank_facts", "build_bank_file"),
+    "csgo": ("csgo_pictures",),
     "demo": ("run_demo",),
     "folder": ("run_folder",),
     "models": ("ModelRefused", "hushed", "load_model", "use_ddim"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ from ._rows import named
 COMPONENT = "controlnet"
 
 
-def control_of(pipe: Any, methods: Sequence[Any]) -> ControlNetModel | None:
+def control_of(pipe: Any, methods: Iterable[Any]) -> ControlNetModel | None:
     """The pipeline's ControlNet, where a method has adapters for it; else None.
 
     Raises:

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from styleattn.adapters import Encoder, load_ip_adapter, subtract_content
+from styleattn.adapters import (
+    Encoder,
+    load_csgo,
+    load_deadiff,
+    load_ip_adapter,
+    load_pulid_sdxl,
+    load_styleshot,
+    subtract_content,
+)
 from styleattn.inversion import read_picture
 from styleattn.references import Reference
 
@@ -23,8 +31,15 @@ from ._texts import text_embedding
 LOADERS: dict[str, Callable[..., Any]] = {
     "ip_adapter": load_ip_adapter,
     "instant_style": load_ip_adapter,
+    "rb_modulation": load_ip_adapter,
+    "csgo": load_csgo,
+    "style_studio": lambda path, layers, dtype: load_csgo(path, layers, dtype=dtype).style,
+    "deadiff": load_deadiff,
+    "style_shot": load_styleshot,
+    "pulid_sdxl": load_pulid_sdxl,
 }
-"""What reads the adapter file of a method, by the method's name: (path, layers, dtype=)."""
+"""What reads the adapter file of a method, by the method's name: (path, layers, dtype=), and
+control_layers= where the method acts in a ControlNet too."""
 
 _FILES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 _KEPT = 32  # encoder outputs per encoder
@@ -34,14 +49,20 @@ _by_folder: dict[str, Shelf] = {}
 _adapters: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 
 
-def adapter_of(method: Any, sizes: Mapping[str, tuple[int, int]], dtype: torch.dtype) -> Any:
+def adapter_of(
+    method: Any,
+    sizes: Mapping[str, tuple[int, int]],
+    dtype: torch.dtype,
+    control: Mapping[str, tuple[int, int]] | None = None,
+) -> Any:
     """The adapter of a method, read from its file where it names one.
 
-    A file that is in use on a model of the same layers is not read twice.
+    A file is read once for a model of the same layers, as long as the method is there.
 
     Args:
         sizes: the layers of the model: (width of the keys, width of the text).
         dtype: of the weights that are read.
+        control: the layers of a ControlNet in which the method acts too.
 
     Raises:
         FileNotFoundError: no such file, or a folder without an adapter.
@@ -55,11 +76,15 @@ def adapter_of(method: Any, sizes: Mapping[str, tuple[int, int]], dtype: torch.d
         raise ValueError(f"{method.name}: adapter must be an adapter, got the path {adapter!r}")
     path = _file_in(Path(adapter), method.name)
     facts = path.stat()
-    key = (method.name, path, facts.st_mtime_ns, facts.st_size, tuple(sizes.items()), dtype)
+    layers, further = (
+        tuple((name, *widths) for name, widths in (part or {}).items()) for part in (sizes, control)
+    )
+    key = (method.name, path, facts.st_mtime_ns, facts.st_size, layers, further, dtype)
     found = _adapters.get(key)
     if found is None:
-        layers = [(name, *widths) for name, widths in sizes.items()]
-        found = _adapters[key] = LOADERS[method.name](path, layers, dtype=dtype)
+        more = {"control_layers": further} if further else {}
+        found = _adapters[key] = LOADERS[method.name](path, layers, dtype=dtype, **more)
+    object.__setattr__(method, "_read", found)  # as long as the method is there
     return found
 
 

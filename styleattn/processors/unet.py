@@ -3,7 +3,9 @@ anything is touched."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +16,13 @@ from styleattn.methods import EncoderMethod, Layer, Method
 from styleattn.references import Reference, StyleBank
 
 from ._attention import REPLACEABLE, STATE, Site
+from ._caller import unwrapped
 from ._companion import COMPONENT as CONTROL
 from ._companion import ControlController, PairedController, concerns_control, control_of
 from ._controller import OURS, Controller
 from ._cross import CrossSite, Entry
 from ._layers import layer_weights
+from ._pictures import adapter_of
 from ._prompts import Prompts, prompts_of
 
 SUPPORTED = "UNet2DConditionModel (pipelines of Stable Diffusion 1.x, 2.x and XL)"
@@ -70,39 +74,60 @@ def plan(
     if bank is not None:
         _check_bank(model, bank)
     cross = cross_attention_layers(model)
-    sizes = {n: (a.inner_dim, a.cross_attention_dim) for n, a in cross.items()}
+    sizes = _sizes(cross)
     dtype = model.dtype if model.dtype in FLOATS else torch.float32
-    encoders = {i: m for i, m in enumerate(methods) if isinstance(m, EncoderMethod)}
+    encoders = {
+        i: _with_adapter(m, sizes, dtype, pipe)
+        for i, m in enumerate(methods)
+        if isinstance(m, EncoderMethod)
+    }
     prompts = Prompts(
         {i: prompts_of(m, references[i], sizes, pipe, dtype) for i, m in encoders.items()}
     )
-    control = control_of(pipe, methods)
+    control = control_of(pipe, encoders.values())
     kind = Controller if control is None else PairedController
     controller = kind(methods, references, bank, backend, pipe, prompts)
     for i, method in enumerate(methods):
         if isinstance(method, Method):
             _plan_self(controller, model, i, method)
-        if isinstance(method, EncoderMethod):
-            _plan_cross(controller, cross, i, method)
+        if i in encoders:
+            _plan_cross(controller, cross, i, encoders[i])
     if control is not None:
-        _plan_control(controller, control, sizes, pipe)
+        _plan_control(controller, control, encoders, pipe)
     _check_reach(controller, encoders)
     return controller
 
 
+def _sizes(layers: Mapping[str, Attention]) -> dict[str, tuple[int, int]]:
+    """(heads * head_dim, width of the text) of every layer."""
+    return {n: (a.inner_dim, a.cross_attention_dim) for n, a in layers.items()}
+
+
+def _with_adapter(
+    method: Any, sizes: Mapping[str, tuple[int, int]], dtype: torch.dtype, pipe: Any
+) -> Any:
+    """A method that asks where its adapters act, with its adapter read if it names a file."""
+    if not hasattr(method, "reaches") or not isinstance(method.adapter, (str, os.PathLike)):
+        return method
+    net = unwrapped(getattr(pipe, CONTROL, None))
+    further = CONTROL in getattr(method, "COMPONENTS", ()) and isinstance(net, ControlNetModel)
+    control = _sizes(cross_attention_layers(net)) if further else None
+    return replace(method, adapter=adapter_of(method, sizes, dtype, control))
+
+
 def _plan_control(
-    controller: Controller,
-    control: ControlNetModel,
-    sizes: Mapping[str, tuple[int, int]],
-    pipe: Any,
+    controller: Controller, control: ControlNetModel, encoders: Mapping[int, Any], pipe: Any
 ) -> None:
     """The sites of methods with adapters for the pipeline's ControlNet."""
-    methods = {i: m for i, m in enumerate(controller.methods) if concerns_control(m)}
+    methods = {i: m for i, m in encoders.items() if concerns_control(m)}
+    layers = cross_attention_layers(control)
     prompts = Prompts(
-        {i: prompts_of(m, m.references, sizes, pipe, component=CONTROL) for i, m in methods.items()}
+        {
+            i: prompts_of(m, m.references, _sizes(layers), pipe, component=CONTROL)
+            for i, m in methods.items()
+        }
     )
     companion = ControlController(controller, prompts)
-    layers = cross_attention_layers(control)
     for i, method in methods.items():
         _plan_cross(companion, layers, i, method, CONTROL)
     controller.companions = ((control, companion),)
