@@ -145,6 +145,10 @@ def stylize(
     prompts: Annotated[str | None, typer.Option(help="A text file, one prompt a line.")] = None,
     out: Annotated[str | None, typer.Option(help="The folder that is written.")] = None,
     bank: Annotated[str | None, typer.Option(help="A bank, in place of --reference.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Of the method: a file or folder.")] = None,
+    image_encoder: Annotated[
+        str | None, typer.Option(help="Its folder; the model's own if not given.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Picture i is drawn from seed + i.")] = None,
     steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,

@@ -24,7 +24,7 @@ from styleattn.references import StyleBank
 from .drawing import Drawing
 from .models import device_name, versions
 from .sheet import Cell, contact_sheet
-from .sources import FORMAT, Job, Ready, Source, Workshop, bank_key, digest, style_latents
+from .sources import FORMAT, Job, Ready, Source, Workshop, bank_key, digest, shown, style_latents
 from .style_aligned import batches
 
 MANIFEST, SHEET = "manifest.json", "contact_sheet.png"
@@ -81,6 +81,7 @@ def run_folder(
     began = time.perf_counter() if started is None else started
     together = 1 if job.recipe.single or len(contents) > 1 else job.batch_size
     runs = batches(len(job.prompts), min(together, job.batch_size))
+    job = shown(job, sources)
     _check(pipe, job, sources, contents, bank)
     out.mkdir(parents=True, exist_ok=True)
     folder = _Folder(pipe, job, out, progress)
@@ -108,13 +109,13 @@ def run_folder(
     names = [f"{i:04d}-{_slug(title)}.png" for i, title in enumerate(titles)]
     _pictures(folder, ready, runs, keys, names)
     cells = [Cell(_shown(out / name), title) for name, title in zip(names, titles, strict=True)]
-    shown = [
+    given = [
         Cell(read_picture(s.picture), f"{role}: {s.prompt or s.name}")
-        for role, given in (("reference", sources), ("content", contents))
-        for s in given
+        for role, pictures in (("reference", sources), ("content", contents))
+        for s in pictures
         if s.picture
     ]
-    _write_sheet(out / SHEET, [*shown, *cells])
+    _write_sheet(out / SHEET, [*given, *cells])
     folder.manifest["complete"] = True
     folder.manifest["seconds"]["all"] = time.perf_counter() - began
     folder.save()

@@ -30,6 +30,7 @@ class Recipe:
         content: every picture is made from a content picture (`--content`), its noise included.
         prompts: a file of prompts is needed; else there may be none.
         single: one picture per pipeline call.
+        shown: the reference pictures are shown to the method's image encoder.
         defaults: options that suit the method, below those of the embedded model.
         tiny: options that suit it on the embedded model.
         knobs: of the method, on full-sized models.
@@ -40,6 +41,7 @@ class Recipe:
     content: bool = False
     prompts: bool = True
     single: bool = False
+    shown: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tiny: Mapping[str, Any] = field(default_factory=dict)
     knobs: Mapping[str, Any] = field(default_factory=dict)
@@ -68,6 +70,8 @@ RECIPES: dict[str, Recipe] = {
         defaults=_UNGUIDED,
         tiny=_UNGUIDED,
     ),
+    "ip_adapter": Recipe(roles=(), shown=True, defaults={"guidance": 7.5, "steps": 30}),
+    "instant_style": Recipe(roles=(), shown=True, defaults={"guidance": 5.0, "steps": 30}),
 }
 
 

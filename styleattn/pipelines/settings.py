@@ -35,6 +35,8 @@ DEFAULTS: dict[str, Any] = {
     "prompts": None,
     "out": None,
     "bank": None,
+    "adapter": None,
+    "image_encoder": None,
     "seed": 0,
     "steps": 50,
     "guidance": 10.0,
@@ -104,12 +106,17 @@ def sources_of(options: Mapping[str, Any]) -> list[tuple[str | None, str, float]
     """
     paths, prompts, weights = (options[name] or [] for name in _REFERENCES)
     if options["bank"] is not None:
+        if recipe_of(options["method"]).shown:
+            raise Refused(f"{options['method']} takes no --bank")
         if paths or prompts or weights:
             raise Refused("--bank excludes --reference, --reference-prompt and --reference-weight")
         return []
     count = len(paths) or len(prompts)
+    recipe = recipe_of(options["method"])
+    if recipe.shown and not paths:
+        raise Refused(f"--reference is missing: {options['method']} is shown a picture")
     if not count:
-        if "style" not in recipe_of(options["method"]).roles:
+        if "style" not in recipe.roles:
             return []
         raise Refused("no reference: give --reference, --bank or --reference-prompt")
     prompts = _for_each("reference", "--reference-prompt", prompts or [""], count)
@@ -202,6 +209,7 @@ def styled_method(options: Mapping[str, Any], knobs: Sequence[str]) -> Any:
     ):
         if options[option] is not None:
             base[knob] = float(options[option])
+    base.update({k: options[k] for k in ("adapter", "image_encoder") if options[k] is not None})
     return make_method(name, knobs, base)
 
 

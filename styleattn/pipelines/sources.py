@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from styleattn.inversion import Trajectory
 from styleattn.inversion.host import Picture, default_size, read_picture, timesteps_of
-from styleattn.references import StyleBank
+from styleattn.references import Reference, StyleBank
 
 from .recipes import Recipe, recipe_of
 from .style_aligned import TRANSFER, Inversion, Sampling, make_bank, make_trajectory
@@ -245,12 +246,37 @@ class Workshop:
             "size": [a or b for a, b in zip(size, default_size(pipe), strict=True)],
             "inversion": asdict(self._inversion),
             "method": job.method.to_dict(),
+            "files": [_file(getattr(job.method, k, None)) for k in ("adapter", "image_encoder")],
             "negative_prompt": job.sampling.negative_prompt,
             "sampled": [seed, job.sampling.guidance_scale],
         }
         if all(source.picture is not None for source in sources):
             del facts["sampled"]
         return digest(facts)
+
+
+def shown(job: Job, sources: Sequence[Source]) -> Job:
+    """A job whose method is shown the reference pictures, where its recipe says so."""
+    if not job.recipe.shown or job.method.references is not None:
+        return job
+    references = tuple(
+        Reference(image=s.picture, prompt=s.prompt, weight=s.weight) for s in sources
+    )
+    return replace(job, method=replace(job.method, references=references))
+
+
+def _file(path: Any) -> str | None:
+    """A name for what is in a file, or in a folder's files."""
+    if not isinstance(path, (str, os.PathLike)):
+        return None
+    place = Path(path)
+    files = sorted(p for p in place.iterdir() if p.is_file()) if place.is_dir() else [place]
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while part := stream.read(1 << 20):
+                total.update(part)
+    return total.hexdigest()
 
 
 def _pixels(picture: Picture | None) -> str | None:
