@@ -132,8 +132,10 @@ def _blended(s: Segment, own: Tensor) -> tuple[Segment, Tensor]:
     exact = share * picked.float() + (1 - share) * own.float()
     key = exact.to(s.key.dtype)
     bias = s.key_bias
-    if bias is not None and bias.ndim == 2 and rows is not None:
-        bias = bias.index_select(0, rows.clamp(min=0))
+    if bias is not None and bias.ndim == 2:
+        bias = bias[0] if len(bias) == 1 else bias
+        if rows is not None and bias.ndim == 2:
+            bias = bias.index_select(0, rows.clamp(min=0))
     if rows is not None:
         rows = torch.where(rows < 0, -1, torch.arange(len(rows), device=rows.device))
     lost = ((exact - key.float()) * _LIFT).to(key.dtype)

@@ -32,6 +32,14 @@ def injected(q, k, v, more, backend):
     )
 
 
+def one_style(q, k, v, more, backend):
+    own = {"own_key": more[1], "own_value": more[2], "kv_blend": 0.6}
+    mask = torch.linspace(-1, 1, k.shape[2])[None]
+    return styleattn.injected_attention(
+        q, k[:1], v[:1], key_bias=mask, return_lse=True, backend=backend, **own
+    )
+
+
 def scaled(q, k, v, more, backend):
     alpha, beta = torch.tensor([0.5, 1.0, 1.3, 2.0]), torch.tensor([0.1, float("-inf"), 0.0, 1.0])
     mask = torch.zeros(k.shape[2]).index_fill(0, torch.tensor([0]), float("-inf"))
@@ -43,7 +51,7 @@ def scaled(q, k, v, more, backend):
 
 
 @runs
-@pytest.mark.parametrize("call", [shared, injected, scaled])
+@pytest.mark.parametrize("call", [shared, injected, one_style, scaled])
 def test_within_a_thousandth(backend, dtype, call):
     g = torch.Generator().manual_seed(1)
     q, k, v, *more = (features(g, (4, 1, 17, 16), dtype, means=3.0) for _ in range(6))
