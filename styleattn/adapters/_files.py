@@ -49,7 +49,8 @@ def _is_pickle(start: bytes) -> bool:
 def _read_safetensors(name: str) -> dict[str, Tensor]:
     try:
         with safetensors.safe_open(name, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            # cloned: else the file, should it change, would change or take away the tensors
+            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, ValueError, EOFError) as error:
         raise FileRefused(
             f"{name} is neither a whole safetensors file nor a PyTorch checkpoint: {error}"

@@ -37,6 +37,16 @@ def test_the_kind_is_told_by_content_not_by_name(tmp_path: Path) -> None:
         assert torch.equal(read_tensors(tmp_path / name)["a"], torch.ones(2))
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_what_was_read_no_longer_depends_on_the_file(tmp_path: Path, kind: str) -> None:
+    path, x = tmp_path / "file", torch.randn(64)
+    save_file({"a": x}, path) if kind == "safetensors" else torch.save({"a": x}, path)
+    found = read_tensors(path)["a"]
+    with open(path, "r+b") as stream:
+        stream.write(bytes(path.stat().st_size))
+    assert torch.equal(found, x)
+
+
 class Trap:
     """What a hostile pickle does when it is loaded as objects."""
 
