@@ -161,7 +161,10 @@ def stylize(
     height: Size = None,
     width: Size = None,
     inversion_guidance: Annotated[float | None, typer.Option(help="Of the inversion.")] = None,
-    labels: Annotated[str | None, typer.Option(help="Inversion: paper or consistent.")] = None,
+    inversion: Annotated[
+        str | None, typer.Option(help="ddim, renoise, belm (exact) or noise (none).")
+    ] = None,
+    labels: Annotated[str | None, typer.Option(help="Of ddim: paper or consistent.")] = None,
     offset: Annotated[
         int | None, typer.Option(help="Steps the reference is ahead at first.")
     ] = None,
@@ -204,7 +207,10 @@ def _run_stylize(options: Mapping[str, Any], knobs: Sequence[str], started: floa
             options["width"],
         ),
         inversion=Inversion(
-            float(options["inversion_guidance"]), options["labels"], options["offset"]
+            float(options["inversion_guidance"]),
+            options["labels"],
+            options["offset"],
+            options["inversion"],
         ),
         seed=options["seed"],
         batch_size=options["batch_size"],

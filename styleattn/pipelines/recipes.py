@@ -24,7 +24,7 @@ class Recipe:
     """How pictures are made with a method.
 
     Args:
-        home: the module of `styleattn.pipelines` whose `draw` makes a batch of pictures.
+        home: what makes a batch of pictures: a module of `styleattn.pipelines` and its function.
         roles: the rows of the bank, in the method's order, of "content" and "style"; () for methods
             that need no bank.
         content: every picture is made from a content picture (`--content`), its noise included.
@@ -36,7 +36,7 @@ class Recipe:
         knobs: of the method, on full-sized models.
     """
 
-    home: str = "drawing"
+    home: str = "drawing:draw"
     roles: tuple[str, ...] = ("style",)
     content: bool = False
     prompts: bool = True
@@ -49,9 +49,10 @@ class Recipe:
     @property
     def draw(self) -> Callable[[Drawing], list[Image.Image]]:
         """What makes a batch of pictures."""
-        function: Callable[[Drawing], list[Image.Image]] = import_module(
-            f"styleattn.pipelines.{self.home}"
-        ).draw
+        module, name = self.home.split(":")
+        function: Callable[[Drawing], list[Image.Image]] = getattr(
+            import_module(f"styleattn.pipelines.{module}"), name
+        )
         return function
 
 
@@ -63,12 +64,35 @@ RECIPES: dict[str, Recipe] = {
     # The paper's setting for transfer from one's own picture.
     "style_aligned": Recipe(knobs={"shared_score_shift": log(2)}),
     "style_id": Recipe(
-        home="style_injection",
+        home="style_injection:draw",
         roles=("content", "style"),
         content=True,
         prompts=False,
         defaults=_UNGUIDED,
         tiny=_UNGUIDED,
+    ),
+    "visual_style_prompting": Recipe(defaults={**_ROWS, "guidance": 7.0}),
+    "z_star": Recipe(
+        home="restyling:towards_content",
+        content=True,
+        prompts=False,
+        single=True,
+        defaults=_UNGUIDED,
+        tiny=_UNGUIDED,
+    ),
+    "cross_image_attention": Recipe(
+        home="restyling:appearance",
+        roles=("content", "style"),
+        content=True,
+        prompts=False,
+        defaults=_UNGUIDED,
+        tiny=_UNGUIDED,
+    ),
+    "mutual_attention": Recipe(
+        roles=("content",), content=True, defaults={**_ROWS, "guidance": 7.5}
+    ),
+    "reference_only": Recipe(
+        defaults={**_ROWS, "guidance": 7.5, "inversion": "noise"},
     ),
     "ip_adapter": Recipe(roles=(), shown=True, defaults={"guidance": 7.5, "steps": 30}),
     "instant_style": Recipe(roles=(), shown=True, defaults={"guidance": 5.0, "steps": 30}),

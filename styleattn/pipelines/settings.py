@@ -47,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "height": None,
     "width": None,
     "inversion_guidance": 2.0,
+    "inversion": "ddim",
     "labels": "paper",
     "offset": None,
     "backend": None,

@@ -15,7 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from styleattn.inversion import Trajectory, ddim_invert, ddim_sample, encode_prompts
+from styleattn.inversion import (
+    Trajectory,
+    belm_invert,
+    ddim_invert,
+    ddim_sample,
+    encode_prompts,
+    noised,
+    renoise_invert,
+)
 from styleattn.inversion.ddim import LABELS
 from styleattn.inversion.host import Picture
 from styleattn.methods import StyleAligned
@@ -26,6 +34,7 @@ from styleattn.references import Reference, StyleBank
 TRANSFER = StyleAligned(shared_score_shift=log(2))
 """The paper's setting for transfer from one's own picture; for famous ones: scale 0.5, shift 0."""
 
+INVERSIONS = ("ddim", "renoise", "belm", "noise")
 Callback = Callable[[int, int], object]
 
 
@@ -66,14 +75,17 @@ class Inversion:
         offset: how many steps cleaner than its label the reference starts; None is the paper's 5
             for a picture inverted with the paper's labels, and 0 for every other reference: then
             each latent has the noise level that the UNet is told.
+        kind: "ddim", "renoise", "belm" (exact) or "noise" (none: fresh noise at every level);
+            labels are those of "ddim".
 
     Raises:
-        ValueError: a guidance scale that is no number, or unknown labels.
+        ValueError: a guidance scale that is no number, or unknown labels or kind.
     """
 
     guidance_scale: float = 2.0
     labels: str = "paper"
     offset: int | None = None
+    kind: str = "ddim"
 
     def __post_init__(self) -> None:
         if not 0 <= self.guidance_scale < float("inf"):
@@ -83,6 +95,8 @@ class Inversion:
             )
         if self.labels not in LABELS:
             raise ValueError(f"unknown labels {self.labels!r}: expected one of {LABELS}")
+        if self.kind not in INVERSIONS:
+            raise ValueError(f"unknown inversion {self.kind!r}: expected one of {INVERSIONS}")
 
 
 def make_trajectory(
@@ -122,15 +136,15 @@ def make_trajectory(
         if reference is None:
             guidance = sampling.guidance_scale
             return ddim_sample(pipe, prompt, seed=seed, guidance_scale=guidance, **arguments)
-        return ddim_invert(
-            pipe,
-            reference,
-            prompt,
-            guidance_scale=inversion.guidance_scale,
-            labels=inversion.labels,
-            checkpoint=checkpoint,
-            **arguments,
-        )
+        if inversion.kind == "noise":
+            del arguments["callback"]
+            return noised(pipe, reference, prompt, seed=seed, **arguments)
+        arguments.update(guidance_scale=inversion.guidance_scale, checkpoint=checkpoint)
+        if inversion.kind == "renoise":
+            return renoise_invert(pipe, reference, prompt, **arguments)
+        if inversion.kind == "belm":
+            return belm_invert(pipe, reference, prompt, **arguments)
+        return ddim_invert(pipe, reference, prompt, labels=inversion.labels, **arguments)
 
 
 def make_bank(
