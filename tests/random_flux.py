@@ -201,3 +201,33 @@ def inputs(batch: int = 1, text: int = 7, grid: tuple[int, int] = (3, 4), seed: 
         "txt_ids": torch.zeros(text, 3),
         "guidance": torch.full((batch,), 3.5),
     }
+
+
+def ip_adapter(transformer: Any, seed: int = 0) -> Any:
+    """XLabs' adapter as diffusers reads it."""
+    g = torch.Generator().manual_seed(seed)
+    layers = {}
+    for i in range(len(transformer.transformer_blocks)):
+        for part in ("k", "v"):
+            layers[f"{i}.to_{part}_ip.weight"] = torch.randn(32, 32, generator=g) / 6
+            layers[f"{i}.to_{part}_ip.bias"] = torch.randn(32, generator=g) / 6
+    projection = {
+        "proj.weight": torch.randn(4 * 32, 32, generator=g) / 6,
+        "proj.bias": torch.zeros(4 * 32),
+        "norm.weight": torch.ones(32),
+        "norm.bias": torch.zeros(32),
+    }
+    return {"image_proj": projection, "ip_adapter": layers}
+
+
+def load_ip_adapter(pipe: Any) -> None:
+    pipe.load_ip_adapter(
+        ip_adapter(pipe.transformer),
+        subfolder="",
+        weight_name="",
+        image_encoder_pretrained_model_name_or_path=None,
+    )
+
+
+EACH = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(2))
+"""Embeddings of a picture per prompt."""

@@ -41,6 +41,7 @@ def unwrapped(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
+@torch.compiler.disable
 def running(model: torch.nn.Module, component: str) -> tuple[Any, bool, Mapping[str, Any]] | None:
     """The pipeline, or the modular pipeline's components, whose call is running this denoiser;
     whether it is modular; and the call's variables. None when there is none.

@@ -4,7 +4,7 @@ without loaded IP-Adapters."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from styleattn.methods._joint import Rotary, Tokens, attend, plain_parts
 
 from ._attention import STATE, watched
 from ._cross import Entry
+from ._flux_prompts import added_images, loaded_weight
 from .dispatch import per_key
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class JointSite:
     entries: list[Entry]
     base: Any
     note: str = ""
+    kept: dict[Any, Any] = field(default_factory=dict)
 
     replaceable = REPLACEABLE
 
@@ -170,11 +172,10 @@ class FluxStyleIPAdapterProcessor(_Chosen, FluxIPAdapterAttnProcessor):
                 attn, hidden_states, text, attention_mask, image_rotary_emb, ip_hidden_states
             )
         tokens = runs_of(site, attn, hidden_states, text, attention_mask, image_rotary_emb)
-        image, context = joint(site, attn, tokens, text)
+        image, context, *more = joint(site, attn, tokens, text)
         added = image_prompts(site, self.base, attn, tokens, ip_hidden_states, ip_adapter_masks)
-        if added is None:
-            return image, context, torch.zeros_like(image)
-        return image, context, added.to(image.dtype)
+        added = torch.zeros_like(image) if added is None else added.to(image.dtype)
+        return image, context, sum(more, added)
 
 
 OURS = (FluxStyleProcessor, FluxStyleIPAdapterProcessor)
@@ -263,18 +264,30 @@ def _bias(site: JointSite, mask: Tensor | None, query: Tensor, total: int) -> Te
 
 
 def joint(site: JointSite, attn: Any, tokens: Mapping[str, Tokens], text: Tensor | None) -> Any:
-    """The layer's output: (image, text) of a double block, one sequence of a single block."""
+    """The layer's output: (image, text) of a double block and, where there is any, what images add
+    after its MLP; one sequence of a single block."""
+    controller = site.controller
     parts: Mapping[str, Any] = plain_parts(tokens)
-    for method, call in site.controller.joint_calls(site, tokens):
+    for method, call in controller.joint_calls(site, tokens):
         parts = method.joint_attention(call, parts)
-    out = attend(parts, site.controller.backend)
-    x = out.transpose(1, 2).flatten(2)
+    out = attend(parts, controller.backend)
     if text is None:
-        return x
+        added = added_images(controller, site, tokens, list(tokens), inside=True)
+        return _flat(out if added is None else out + added)
     length = text.shape[1]
-    context, image = x[:, :length], x[:, length:]
+    context, image = out[:, :, :length], out[:, :, length:]
+    names = [name for name in ("image", "reference") if name in tokens]
+    added = added_images(controller, site, tokens, names, inside=True)
+    image = _flat(image if added is None else image + added)
     image = attn.to_out[1](attn.to_out[0](image.contiguous()))
-    return image, attn.to_add_out(context.contiguous())
+    found = (image, attn.to_add_out(_flat(context).contiguous()))
+    added = added_images(controller, site, tokens, names, inside=False)
+    return found if added is None else (*found, _flat(added).to(image.dtype))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[B, H, N, D] as [B, N, H * D]."""
+    return x.transpose(1, 2).flatten(2)
 
 
 def image_prompts(
@@ -300,19 +313,19 @@ def image_prompts(
     streams = [tokens[name] for name in ("image", "reference") if name in tokens]
     own = [t.query for t in streams]
     query = own[0] if len(own) == 1 else torch.cat(own, 2)
-    branches = []
+    branches, factor = [], loaded_weight(site.controller, site, tokens)
     for n, (image, scale, mask) in enumerate(zip(images, processor.scale, given, strict=True)):
-        if off(scale):
+        if off(scale) or off(factor):
             continue
         key = _heads(attn, processor.to_k_ip[n](image).flatten(1, -2)).to(query.dtype)
         value = _heads(attn, processor.to_v_ip[n](image).flatten(1, -2)).to(query.dtype)
-        weight: Number = scale
+        weight: Number = scale * factor
         if mask is not None:
             share = site.controller.share(mask, query.device)
             share = F.pad(
                 share, (0, query.shape[2] - share.shape[0])
             )  # none for a picture in context
-            weight = (share * scale).expand(query.shape[0], -1)
+            weight = (share * weight).expand(query.shape[0], -1)
         branches.append(Branch((Segment(key, value),), weight))
     if not branches:
         return None

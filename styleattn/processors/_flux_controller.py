@@ -16,6 +16,7 @@ from torch import Tensor
 
 from styleattn.methods import Rows
 from styleattn.methods._base import Number, off
+from styleattn.methods._images import Images
 from styleattn.methods._joint import ContextMethod, JointCall, JointMethod, Tokens
 from styleattn.references import Reference
 
@@ -24,6 +25,7 @@ from ._caller import Caller
 from ._controller import Controller, Now
 from ._flux_attention import OURS, JointSite
 from ._flux_places import Moved, share_of
+from ._prompts import Prompts
 
 PARAMETERS = tuple(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
 RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
@@ -52,7 +54,7 @@ class FluxController(Controller):
     """Styles one FLUX transformer.
 
     Args:
-        methods, references, backend, pipe: as for any controller.
+        methods, references, backend, pipe, prompts: as for any controller.
         contexts: per method, the tokens [P, M, C] of every reference; empty for methods whose
             references are rows.
     """
@@ -62,21 +64,18 @@ class FluxController(Controller):
 
     def __init__(
         self,
-        methods: Sequence[JointMethod],
+        methods: Sequence[Any],
         references: Sequence[tuple[Reference, ...]],
         contexts: Sequence[tuple[Tensor, ...]],
         backend: str | None,
         pipe: Any = None,
+        prompts: Prompts | None = None,
     ):
-        super().__init__(methods, references, None, backend, pipe)  # type: ignore[arg-type]
+        super().__init__(methods, references, None, backend, pipe, prompts)
         self.contexts = list(contexts)
-        in_batch = [
-            len(r)
-            for m, r in zip(methods, references, strict=True)
-            if not isinstance(m, ContextMethod)
-        ]
-        self.wanted = max(in_batch, default=0)
-        self.control = any(getattr(m, "control_reference", True) for m in methods)
+        in_rows = [i for i in range(len(self.methods)) if self.in_rows(i)]
+        self.wanted = max((len(references[i]) for i in in_rows), default=0)
+        self.control = any(self.methods[i].control_reference for i in in_rows)
         self._known_ids: tuple[Any, int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,24 +83,32 @@ class FluxController(Controller):
 
     # What the processors ask
 
+    def in_rows(self, method: int) -> bool:
+        """Whether the references of a method are rows of the batch."""
+        return not isinstance(self.methods[method], (ContextMethod, Images))
+
     def works(self, site: JointSite) -> bool:
         """Whether a method is at work on a layer; if not it is left as it was."""
         now = self.now
         if not isinstance(now, FluxNow) or self.resting:
             return False
-        return any(self._active(entry, now) for entry in site.entries)
+        return any(self._active(site, entry, now) for entry in site.entries)
 
-    def _active(self, entry: Any, now: FluxNow) -> bool:
+    def _active(self, site: JointSite, entry: Any, now: FluxNow) -> bool:
         if self.contexts[entry.method]:  # tokens in the sequence: even to be ignored
             return any(now.runs[entry.method])
         gate, strengths = self.strengths(entry, now)
+        if isinstance(self.methods[entry.method], Images):
+            if self.methods[entry.method].adapter is None:
+                return isinstance(site.base, self.loaded)
+            return not off(gate) and not all(off(s) for s in strengths)
         return now.rows.count > 1 and not off(gate) and not all(off(s) for s in strengths)
 
     def runs(self) -> Mapping[str, int]:
         """Tokens of every run, in the order of the sequence."""
-        return self._running().lengths or {}
+        return self.running().lengths or {}
 
-    def _running(self) -> FluxNow:
+    def running(self) -> FluxNow:
         if not isinstance(self.now, FluxNow):
             raise RuntimeError("styleattn: an attention layer was called outside its transformer")
         return self.now
@@ -110,12 +117,12 @@ class FluxController(Controller):
         self, site: JointSite, tokens: Mapping[str, Tokens]
     ) -> Iterator[tuple[JointMethod, JointCall]]:
         """What every method of a layer is asked now."""
-        now = self._running()
+        now = self.running()
         device = tokens["image"].query.device
         for entry in site.entries:
-            if not self._active(entry, now):
-                continue
             index = entry.method
+            if isinstance(self.methods[index], Images) or not self._active(site, entry, now):
+                continue
             method, references = self.methods[index], self.references[index]
             gate, strengths = self.strengths(entry, now)
             context = bool(self.contexts[index])
@@ -142,7 +149,7 @@ class FluxController(Controller):
 
     def share(self, mask: Tensor, device: torch.device) -> Tensor:
         """[N]: the mean of a mask [h, w] under every image token, wherever the token is."""
-        places = self._running().places
+        places = self.running().places
         if places is None:
             raise RuntimeError("styleattn: a mask needs the positions of the image tokens")
         return share_of(mask.to(device, torch.float32), places.to(device))
@@ -217,7 +224,8 @@ class FluxController(Controller):
             found = _caller.running(module, "transformer")
             caller = Caller(1, 1, (False,), None)
             if found is not None:
-                caller, exact = _from_running(*found, text)
+                owner, modular, scope = found
+                caller, exact = _from_running(owner, modular, scope, text)
         value = torch.as_tensor(timestep).reshape(-1)[0] * 1000
         if exact is not None:
             return caller, exact

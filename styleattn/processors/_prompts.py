@@ -97,7 +97,7 @@ class Prompts:
 
     def _rows(self, reference: Reference, now: Now, query: Tensor, negative: bool) -> Tensor:
         key = (reference.prompts, now.rows, now.added, now.each, query.device, negative)
-        return self._once(key, lambda: _rows(reference, now, negative), query)
+        return self._once(key, lambda: rows_of(reference, now, negative), query)
 
     def _mask(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
         if mask is None:
@@ -213,7 +213,7 @@ def _beside(adapter: Any, x: Tensor) -> Tensor:
     return x if weight is None else x.to(weight.device)
 
 
-def _rows(reference: Reference, now: Now, negative: bool) -> list[int]:
+def rows_of(reference: Reference, now: Now, negative: bool) -> list[int]:
     """For every row of the call, the row of a prompt's tokens that it sees: unconditional rows the
     one without the image, others the one with it. As a negative the image is seen by unconditional
     rows and by no others; without unconditional rows by none."""

@@ -3,7 +3,7 @@ checked before anything is touched."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import FluxTransformer2DModel
@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from torch import Tensor
 
 from styleattn.methods import Layer
+from styleattn.methods._images import Images
 from styleattn.methods._joint import ContextMethod, JointMethod
 from styleattn.references import Reference, StyleBank
 
@@ -18,11 +19,13 @@ from ._attention import STATE
 from ._cross import Entry
 from ._flux_attention import OURS, REPLACEABLE, FluxStyleProcessor, JointSite
 from ._flux_controller import FluxController
+from ._flux_prompts import flux_prompts_of
 from ._layers import layer_weights
+from ._prompts import Prompts
 
 SUPPORTED = "FluxTransformer2DModel (pipelines of FLUX.1)"
 COMPONENT = "transformer"
-TAKES = (JointMethod,)
+TAKES = (JointMethod, Images)
 
 
 def matches(model: object) -> bool:
@@ -39,7 +42,7 @@ def joint_attention_layers(model: FluxTransformer2DModel) -> dict[str, FluxAtten
 
 def plan(
     model: FluxTransformer2DModel,
-    methods: Sequence[JointMethod],
+    methods: Sequence[Any],
     bank: StyleBank | None,
     backend: str | None,
     pipe: Any,
@@ -58,20 +61,43 @@ def plan(
         )
     references = [_references(m) for m in methods]
     contexts = [_contexts(m, r, model) for m, r in zip(methods, references, strict=True)]
-    controller = FluxController(methods, references, contexts, backend, pipe)
     layers = joint_attention_layers(model)
+    prompts = {
+        i: flux_prompts_of(m, references[i], model, pipe, layers)
+        for i, m in enumerate(methods)
+        if isinstance(m, Images)
+    }
+    controller = FluxController(methods, references, contexts, backend, pipe, Prompts(prompts))
     for i, method in enumerate(methods):
         gates = layer_weights(method.layers, list(layers))
         weights = [layer_weights(r.layers, list(layers)) for r in references[i]]
-        context = isinstance(method, ContextMethod)
+        reaches = _reaches(method, prompts.get(i, ()), layers)
         for index, (name, attn) in enumerate(layers.items()):
             layer = Layer(name, index, len(layers))
             mine = tuple(r.weight * w[name] for r, w in zip(references[i], weights, strict=True))
-            chosen = gates[name] and any(mine) and method.takes(layer)
-            if chosen or context:  # tokens in the sequence: layers that are not chosen ignore them
-                entry = Entry(i, gates[name] if chosen else 0.0, mine)
-                _add(controller, layer, attn, entry)
+            gate = gates[name] if reaches(layer, gates[name], any(mine)) else None
+            if gate is not None:
+                _add(controller, layer, attn, Entry(i, gate, mine, _negative(method, name, layers)))
     return controller
+
+
+def _reaches(method: Any, prompts: Sequence[Any], layers: Mapping[str, Any]) -> Any:
+    """Whether a method has something to do on a layer: (layer, its gate, any weight) -> bool."""
+    if isinstance(method, ContextMethod):
+        # tokens in the sequence: layers that are not chosen ignore them, by a gate of 0
+        return lambda layer, gate, weight: method.takes(layer)
+    if not isinstance(method, Images):
+        return lambda layer, gate, weight: bool(gate and weight and method.takes(layer))
+    if method.adapter is None:
+        return lambda layer, gate, weight: layer.name.startswith("transformer_blocks.")
+    known = set(prompts[0].adapter.names)
+    return lambda layer, gate, weight: bool(gate and weight and layer.name in known)
+
+
+def _negative(method: Any, name: str, layers: Mapping[str, Any]) -> bool:
+    """Whether a layer shows a method's images to unconditional calls only."""
+    chosen = getattr(method, "negative_layers", None)
+    return chosen is not None and bool(layer_weights(chosen, list(layers))[name])
 
 
 def _add(controller: FluxController, layer: Layer, attn: FluxAttention, entry: Entry) -> None:
@@ -81,8 +107,8 @@ def _add(controller: FluxController, layer: Layer, attn: FluxAttention, entry: E
     if site is None:
         site = JointSite(controller, layer, [], _base(layer.name, attn))
         controller.sites.append((attn, site))
-    if not controller.contexts[entry.method]:
-        others = [e.method for e in site.entries if not controller.contexts[e.method]]
+    if controller.in_rows(entry.method):
+        others = [e.method for e in site.entries if controller.in_rows(e.method)]
         if others:
             names = [controller.methods[i].name for i in (*others, entry.method)]
             raise ValueError(
@@ -106,9 +132,11 @@ def _base(name: str, attn: Any) -> Any:
     return found
 
 
-def _references(method: JointMethod) -> tuple[Reference, ...]:
+def _references(method: Any) -> tuple[Reference, ...]:
     """The references of a method: its own, or one plain one."""
-    own = method.references
+    own: tuple[Reference, ...] | None = method.references
+    if isinstance(method, Images):
+        return own or ()
     context = isinstance(method, ContextMethod)
     for r in own or ():
         if r.image is not None or r.latents is not None or (r.embeds is not None) != context:
@@ -124,7 +152,7 @@ def _references(method: JointMethod) -> tuple[Reference, ...]:
 
 
 def _contexts(
-    method: JointMethod, references: Sequence[Reference], model: FluxTransformer2DModel
+    method: Any, references: Sequence[Reference], model: FluxTransformer2DModel
 ) -> tuple[Tensor, ...]:
     """The tokens of every reference of a context method."""
     if not isinstance(method, ContextMethod):

@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_flux import (
     FluxIPAdapterAttnProcessor,
 )
 from PIL import Image
-from random_flux import PROMPTS, run
+from random_flux import EACH, PROMPTS, load_ip_adapter, run
 
 from styleattn.methods import Redux, StyleAligned
 from styleattn.processors import apply, remove
@@ -48,32 +48,6 @@ def processors(pipe):
 # IP-Adapters that diffusers loads
 
 
-def ip_adapter(transformer, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    layers = {}
-    for i in range(len(transformer.transformer_blocks)):
-        for part in ("k", "v"):
-            layers[f"{i}.to_{part}_ip.weight"] = torch.randn(32, 32, generator=g) / 6
-            layers[f"{i}.to_{part}_ip.bias"] = torch.randn(32, generator=g) / 6
-    projection = {
-        "proj.weight": torch.randn(4 * 32, 32, generator=g) / 6,
-        "proj.bias": torch.zeros(4 * 32),
-        "norm.weight": torch.ones(32),
-        "norm.bias": torch.zeros(32),
-    }
-    return {"image_proj": projection, "ip_adapter": layers}
-
-
-def load_ip_adapter(pipe):
-    pipe.load_ip_adapter(
-        ip_adapter(pipe.transformer),
-        subfolder="",
-        weight_name="",
-        image_encoder_pretrained_model_name_or_path=None,
-    )
-
-
-EACH = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(2))
 EMBEDS = {"ip_adapter_image_embeds": [EACH[:1]]}
 NEGATIVE = {"negative_ip_adapter_image_embeds": [torch.zeros(1, 1, 32)]}
 FAINT = StyleAligned(adain_queries=False, adain_keys=False, references=(Reference(weight=1e-30),))
