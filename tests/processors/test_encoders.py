@@ -397,3 +397,99 @@ def test_images_that_could_not_act_are_refused(sdxl, message):
     with pytest.raises(ValueError, match=message):
         apply(sdxl, REFUSED[message](sdxl.unet))
     assert all(sdxl.unet.attn_processors[k] is v for k, v in before.items())
+
+
+class Counted(papers.Adapter):
+    """Counts its projections."""
+
+    calls = 0
+
+    def key_value(self, layer, tokens):
+        self.calls += 1
+        return super().key_value(layer, tokens)
+
+
+@pytest.mark.parametrize(
+    ("kind", "each"),
+    [(CSGO, 1), (RBModulation, 1), (StyleShot, 1), (StyleStudio, 2), (PuLIDSDXL, 3)],
+    ids=lambda x: getattr(x, "name", str(x)),
+)
+def test_calls_of_the_operation_and_projections_over_the_steps(sdxl, run, monkeypatch, kind, each):
+    """One call a layer for the text and all images; further ones only for outputs apart. Keys and
+    values of images are made once."""
+    from styleattn.processors import _cross
+
+    found = []
+    inner = _cross.attention
+
+    def counted(*args, **kwargs):
+        found.append(args)
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(_cross, "attention", counted)
+    adapters = Counted(sdxl.unet, 6, 1), Counted(sdxl.unet, 6, 2)
+    roles = papers.Roles(content=adapters[0], style=adapters[1])
+    two = kind in (CSGO, RBModulation)
+    adapter, references = (roles, (CONTENT, REFERENCE)) if two else (adapters[1], REFERENCE)
+    with apply(sdxl, kind(adapter=adapter, references=references)):
+        run(sdxl, ["a cat"], steps=3)
+    layers = len(adapters[1].names)
+    assert len(found) == 3 * layers * each
+    assert [a.calls for a in adapters] == [layers if two else 0, layers]
+
+
+def test_images_of_single_prompts_and_steps(sdxl, run, distance):
+    """Each image of a batch is what it is alone; a schedule is one of the run."""
+    adapter = papers.Adapter(sdxl.unet, 6, 1)
+    mine = [Reference(embeds=papers.embedding(i), prompts=(i,)) for i in (0, 1)]
+    noise = run.noise(sdxl, 3)
+    options = {"guidance_scale": 5.0, "negative_prompt": ["blur"] * 3, "steps": 4}
+    method = PuLIDSDXL(adapter=adapter, references=mine, steps=(0.0, 0.5))
+    with apply(sdxl, method):
+        got = run(sdxl, ["a cat"] * 3, noise=noise, **options)
+    plain = run(sdxl, ["a cat"] * 3, noise=noise, **options)
+    assert distance(got[2], plain[2]) <= 1e-5
+    for i in (0, 1):
+        alone = Reference(embeds=papers.embedding(i))
+        method = PuLIDSDXL(adapter=adapter, references=alone, steps=(1.0, 0.0, 1.0, 1.0))
+        with apply(sdxl, method):
+            other = run(
+                sdxl, ["a cat"], noise=noise[i : i + 1], **{**options, "negative_prompt": "blur"}
+            )
+        assert distance(other[0], got[i]) > 1e-3
+        with apply(sdxl, PuLIDSDXL(adapter=adapter, references=alone, steps=(0.0, 0.5))):
+            same = run(
+                sdxl, ["a cat"], noise=noise[i : i + 1], **{**options, "negative_prompt": "blur"}
+            )
+        assert distance(same[0], got[i]) <= 1e-5
+
+
+def test_steps_hold_in_the_controlnet_too(controlled, run, distance):
+    roles = roles_with_control(controlled)
+    images = {"adapter": roles, "references": (CONTENT, REFERENCE)}
+    options = {"image": picture(), "steps": 3}
+    plain = run(controlled, ["a cat"], **options)
+    with apply(controlled, CSGO(steps=(1.0, 1.0), **images)):
+        assert torch.equal(run(controlled, ["a cat"], **options), plain)
+    with apply(controlled, CSGO(steps=(0.0, 0.3), **images)):
+        half = run(controlled, ["a cat"], **options)
+    with apply(controlled, CSGO(**images)):
+        assert distance(run(controlled, ["a cat"], **options), half) > 1e-3
+    assert distance(half, plain) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pulid", "style_studio", "rb_modulation-content", "csgo"])
+def test_compiles_in_one_graph(sdxl, run, distance, name):
+    method, _ = case(name, sdxl.unet, True)
+    options = {"guidance_scale": 5.0, "negative_prompt": "blur"}
+    torch._dynamo.reset()
+    with apply(sdxl, method):
+        expected = run(sdxl, ["a cat"], **options)
+        sdxl.unet.compile(fullgraph=True, backend="aot_eager")
+        try:
+            got = run(sdxl, ["a cat"], **options)
+        finally:
+            sdxl.unet._compiled_call_impl = None
+            torch._dynamo.reset()
+    assert distance(got, expected) <= 1e-5
