@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,9 +31,13 @@ class Redux(JointSettings):
     true guidance has no pictures.
 
     Args:
-        references: pictures: `embeds` [M, C] or, one per prompt, [P, M, C]: the tokens that Redux'
-            image embedder makes of SigLIP's output. Their weights, steps, layers, masks (of the
-            image tokens; text sees the mask's mean) and `prompts` hold.
+        references: pictures: `image` with an adapter, or `embeds` [M, C] or, one per prompt,
+            [P, M, C]: the tokens that Redux' image embedder makes of SigLIP's output; with an
+            adapter SigLIP's output itself. Their weights, steps, layers, masks (of the image
+            tokens; text sees the mask's mean) and `prompts` hold.
+        adapter: what makes tokens of SigLIP's output (`styleattn.adapters.load_redux`), or its
+            file.
+        image_encoder: SigLIP, or its folder; None for the pipeline's.
         strength: s, of all pictures.
         strength_by: "bias" is the formula above; "key_bias" adds log s for the picture's own tokens
             too; "tokens" multiplies the tokens instead, before the model's first layer.
@@ -49,6 +54,8 @@ class Redux(JointSettings):
         resized grids: ComfyUI_AdvancedRefluxControl.
     """
 
+    adapter: Any = None
+    image_encoder: Any = None
     strength: float = 1.0
     strength_by: str = "bias"
     downsample: float = 1.0
@@ -82,6 +89,9 @@ class Redux(JointSettings):
 
     def _reasons_against(self, index: int, reference: Reference) -> list[str]:
         x: Any = reference.embeds
+        if x is None and reference.image is not None:
+            lacking = f"references[{index}].image needs an adapter that makes its tokens"
+            return [] if self.adapter is not None else [lacking]
         if not isinstance(x, Tensor) or x.ndim not in (2, 3) or not x.is_floating_point():
             got = list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
             return [f"references[{index}].embeds must be [M, C] or [P, M, C], got {got}"]
@@ -89,6 +99,15 @@ class Redux(JointSettings):
         if self.downsample > 1 and side * side != x.shape[-2]:
             return [f"references[{index}]: downsample needs a square of tokens, not {x.shape[-2]}"]
         return []
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain data. Files and folders stay; objects (an adapter, an encoder,
+        pictures, tensors) are no settings and become None: put them back after `from_dict`."""
+        data = super().to_dict()
+        for knob in ("adapter", "image_encoder"):
+            value = getattr(self, knob)
+            data[knob] = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+        return data
 
     def takes(self, layer: Layer) -> bool:
         """Every chosen layer."""

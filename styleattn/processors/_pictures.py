@@ -277,12 +277,14 @@ def _side(tower: Any, spec: Encoder) -> int:
 
 def _tower_in(folder: str, name: str) -> Any:
     """The vision tower that `save_pretrained` wrote to a folder; nothing is downloaded."""
-    from transformers import CLIPVisionModelWithProjection
+    from transformers import AutoConfig, CLIPVisionModelWithProjection, SiglipVisionModel
 
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise FileNotFoundError(f"{name}: image_encoder: {folder} has no config.json")
     try:
-        tower = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
+        known = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+        made = SiglipVisionModel if known.startswith("siglip") else CLIPVisionModelWithProjection
+        tower = made.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: image_encoder: {folder}: {error}") from error
     return tower.eval()

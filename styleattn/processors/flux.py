@@ -3,13 +3,16 @@ checked before anything is touched."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor
 
+from styleattn.adapters import load_redux
 from styleattn.methods import Layer
 from styleattn.methods._images import Images
 from styleattn.methods._joint import ContextMethod, JointMethod
@@ -21,6 +24,7 @@ from ._flux_attention import OURS, REPLACEABLE, FluxStyleProcessor, JointSite
 from ._flux_controller import FluxController
 from ._flux_prompts import flux_prompts_of
 from ._layers import layer_weights
+from ._pictures import Eye
 from ._prompts import Prompts
 
 SUPPORTED = "FluxTransformer2DModel (pipelines of FLUX.1)"
@@ -60,7 +64,7 @@ def plan(
             " prompts, or come with the method"
         )
     references = [_references(m) for m in methods]
-    contexts = [_contexts(m, r, model) for m, r in zip(methods, references, strict=True)]
+    contexts = [_contexts(m, r, model, pipe) for m, r in zip(methods, references, strict=True)]
     layers = joint_attention_layers(model)
     prompts = {
         i: flux_prompts_of(m, references[i], model, pipe, layers)
@@ -137,30 +141,31 @@ def _references(method: Any) -> tuple[Reference, ...]:
     own: tuple[Reference, ...] | None = method.references
     if isinstance(method, Images):
         return own or ()
-    context = isinstance(method, ContextMethod)
-    for r in own or ():
-        if r.image is not None or r.latents is not None or (r.embeds is not None) != context:
-            raise ValueError(
-                f"{method.name}: a Reference needs embeds"
-                if context
-                else f"{method.name} on FLUX takes its references from the call's first prompts; a"
-                " Reference with a picture, latents or embeds is not supported"
-            )
-    if context and not own:
-        raise ValueError(f"{method.name} needs references, each with embeds")
+    if isinstance(method, ContextMethod):
+        if not own or any(r.embeds is None and r.image is None for r in own):
+            raise ValueError(f"{method.name} needs references, each with a picture or embeds")
+        return own
+    if any(x is not None for r in own or () for x in (r.image, r.latents, r.embeds)):
+        raise ValueError(
+            f"{method.name} on FLUX takes its references from the call's first prompts; a Reference"
+            " with a picture, latents or embeds is not supported"
+        )
     return own or (Reference(),)
 
 
 def _contexts(
-    method: Any, references: Sequence[Reference], model: FluxTransformer2DModel
+    method: Any, references: Sequence[Reference], model: FluxTransformer2DModel, pipe: Any
 ) -> tuple[Tensor, ...]:
     """The tokens of every reference of a context method."""
     if not isinstance(method, ContextMethod):
         return ()
     config: Any = model.config
+    adapter: Any = getattr(method, "adapter", None)
+    if isinstance(adapter, (str, os.PathLike)):
+        adapter = load_redux(adapter, dtype=model.dtype)
     found = []
     for r in references:
-        tokens = method.context(r.embeds)  # type: ignore[arg-type]
+        tokens = method.context(_embeds(method, adapter, r, pipe))
         if tokens.shape[-1] != config.joint_attention_dim:
             raise ValueError(
                 f"{method.name}: embeds are {tokens.shape[-1]} wide, the model's prompts"
@@ -168,6 +173,18 @@ def _contexts(
             )
         found.append(tokens)
     return tuple(found)
+
+
+def _embeds(method: Any, adapter: Any, reference: Reference, pipe: Any) -> Tensor:
+    """[M, C] or [P, M, C]: given, or what an adapter makes of the encoder's output."""
+    if adapter is None:
+        given: Any = reference.embeds
+        return given
+    seen = Eye(method, adapter, pipe).embeds(reference)
+    weight = next(adapter.parameters())
+    with torch.no_grad():
+        tokens: Tensor = adapter.tokens((seen[None] if seen.ndim == 2 else seen).to(weight.device))
+    return tokens
 
 
 def _register_metadata() -> None:

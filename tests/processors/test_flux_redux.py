@@ -272,6 +272,47 @@ def test_smaller_grids(pipe, by, factor, side):
         assert relative(run(pipe, PROMPTS), expected) <= 1e-5
 
 
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory):
+    """diffusers' image embedder and SigLIP, and the files of both."""
+    from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+
+    torch.manual_seed(11)
+    folder = tmp_path_factory.mktemp("redux")
+    ours, tower = ReduxImageEncoder(redux_dim=32, txt_in_features=32), random_flux.siglip()
+    ours.save_pretrained(folder / "embedder")
+    tower.save_pretrained(folder / "siglip")
+    return ours, tower, folder
+
+
+def test_pictures_become_tokens(pipe, embedder):
+    """From a picture, by the files of Redux and of SigLIP: what diffusers' prior makes of it."""
+    from diffusers import FluxPriorReduxPipeline
+    from PIL import Image
+    from transformers import SiglipImageProcessor
+
+    ours, tower, folder = embedder
+    picture = Image.effect_noise((32, 32), 60).convert("RGB")
+    extractor = SiglipImageProcessor(size={"height": 32, "width": 32})
+    prior = FluxPriorReduxPipeline(
+        image_encoder=tower, feature_extractor=extractor, image_embedder=ours
+    )
+    with torch.no_grad():
+        seen = prior.encode_image(picture, torch.device("cpu"), 1)
+        tokens = ours(seen).image_embeds
+    with apply(pipe, Redux(references=(Reference(embeds=tokens[0], weight=0.5),))):
+        expected = run(pipe, PROMPTS)
+    files = {
+        "adapter": folder / "embedder" / "diffusion_pytorch_model.safetensors",
+        "image_encoder": folder / "siglip",
+    }
+    for reference in (Reference(image=picture, weight=0.5), Reference(embeds=seen[0], weight=0.5)):
+        method = Redux(references=(reference,), **files)
+        with apply(pipe, method):
+            assert relative(run(pipe, PROMPTS), expected) <= 1e-5
+    assert Redux.from_dict(method.to_dict() | {"references": None}).adapter == str(files["adapter"])
+
+
 @pytest.mark.parametrize("method", [StyleAligned(), AlignedGen(), AlignedGen(layers="all")])
 def test_with_methods_that_share_images(pipe, method):
     """On one layer together: without weight in either they are the other alone."""
@@ -327,6 +368,7 @@ def test_a_bias_makes_no_score_matrix(pipe, monkeypatch):
         {"downsample_by": "luck"},
         {"references": (Reference(embeds=torch.zeros(3)),)},
         {"references": (Reference(),)},
+        {"references": (Reference(image="a.png"),)},
         {"references": (Reference(embeds=torch.zeros(8, 32)),), "downsample": 2},
     ],
 )
