@@ -9,7 +9,9 @@ import pytest
 import strategies
 import torch
 from hypothesis import given, settings
+from oracles import official_style_aligned
 
+import styleattn
 from styleattn.branch import Affine, Branch, Segment, normalize
 from styleattn.kernels import planning
 from styleattn.kernels.attention import (
@@ -156,6 +158,17 @@ def test_any_softmax_scale(scale):
     spec = CallSpec(2, 1, 5, 16, (one(affines="kc", logit_bias="inf"),), softmax_scale=scale)
     for dtype in DTYPES[::2]:
         check(*replace(spec, dtype=dtype).build())
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=["float16", "bfloat16"])
+def test_never_above_the_official_half_formulation(dtype):
+    g = torch.Generator().manual_seed(7)
+    q, k, v = (features(g, (4, 1, 65, 40), dtype, means=m) for m in (1.0, 3.0, 0.5))
+    rows, knobs = torch.tensor([0, 0, 2, 2]), {"score_scale": 1.1, "score_shift": 0.7}
+    out = styleattn.shared_attention(q, k, v, reference_rows=rows, backend="triton", **knobs)
+    want = official_style_aligned(*(x.double() for x in (q, k, v)), **knobs)
+    official = official_style_aligned(q, k, v, **knobs)
+    assert relative_error(out, want) <= relative_error(official, want)
 
 
 @settings(max_examples=EXAMPLES)
