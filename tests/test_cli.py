@@ -18,6 +18,7 @@ from PIL import Image
 pytest.importorskip("diffusers")
 
 from styleattn import cli
+from styleattn.backends import Backends, BackendStatus
 from styleattn.inversion import files
 
 FAST = ["--steps", "3", "--guidance", "3", "--device", "cpu"]
@@ -350,6 +351,16 @@ BAD = [
     (["--out", "{work}/style.png/out"], "Not a directory"),
     (["--out", "/proc/styleattn"], "/proc/styleattn"),
 ]
+
+
+def test_a_backend_that_is_not_here(model, work, capsys, monkeypatch):
+    from styleattn.pipelines import folder
+
+    table = Backends([BackendStatus("triton", False, "no GPU")])
+    monkeypatch.setattr(folder, "backends", lambda: table)
+    line = refused(stylize(model, work, "--backend", "triton"), capsys)
+    assert "backend 'triton' cannot run here: no GPU" in line
+    assert not (work / "out").exists()
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=["_".join(c)[:40] for c, _ in BAD])

@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from styleattn.backends import Unsupported, backends
 from styleattn.inversion.files import write_atomic, write_json
 from styleattn.inversion.host import device_of, fingerprint, read_picture
 from styleattn.inversion.invert import check_run
@@ -171,6 +172,9 @@ def _check(
     if offset is not None and not 0 <= offset < steps:
         raise ValueError(f"offset must lie in 0..{steps - 1}, got {offset}")
     apply(pipe, job.method, backend=job.backend).remove()
+    status = None if job.backend is None else backends()[job.backend]
+    if status is not None and not status.available:
+        raise Unsupported(f"backend {status.name!r} cannot run here: {status.detail}")
 
 
 def _key(folder: _Folder, ready: Ready, index: int) -> str:
