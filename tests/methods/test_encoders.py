@@ -54,12 +54,17 @@ def seen(prompt, zero_first=False):
     return tuple(pair)
 
 
-def run(method, *prompts, name="up_blocks.1.attentions.2.transformer_blocks.0.attn2"):
-    """One layer, as a host runs it."""
+def _parts(method, *prompts):
     numbers = {n: getattr(method, n) for n in method.NUMBERS}
     rows = Rows(2, 2, (), (True, False))
-    call = CrossCall(Layer(name, 0, 1), QUERY, KEY, VALUE, None, prompts, rows, 1.0, numbers)
-    parts = method.cross_parts(call)
+    layer = Layer("up_blocks.1.attentions.2.transformer_blocks.0.attn2", 0, 1)
+    call = CrossCall(layer, QUERY, KEY, VALUE, None, prompts, rows, 1.0, numbers)
+    return method.cross_parts(call)
+
+
+def run(method, *prompts):
+    """One layer, as a host runs it."""
+    parts = _parts(method, *prompts)
     text = Branch((Segment(KEY, VALUE), *parts.segments), weight=parts.text_weight)
     if parts.after is None:
         assert not parts.apart
@@ -264,3 +269,38 @@ def test_knobs_without_meaning_are_refused(message):
 def test_deadiff_refuses_another_number_of_tokens():
     with pytest.raises(ValueError, match="got 5 image tokens, queries says 16"):
         run(DEADiff(references=REFERENCE), prompt(0, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ortho", ["v1", "v2"])
+def test_projections_of_half_precision_do_not_overflow(dtype, ortho):
+    """Sums over the tokens leave what fp16 holds: 64 values of 300 squared are 5.8 million."""
+    method = PuLIDSDXL(ortho=ortho, references=REFERENCE)
+    h, o = (300 * draw(B, H, 64, D, seed=s) for s in (8, 9))
+    parts = _parts(method, prompt(0, 9))
+    apart = (o.to(dtype), *([torch.full_like(o, 0.25, dtype=dtype)] if ortho == "v2" else []))
+    got = parts.after(h.to(dtype), apart)
+    h, o = h.to(dtype).double(), o.to(dtype).double()
+    along = (h * o).sum(2, keepdim=True) / (h * h).sum(2, keepdim=True) * h
+    expected = h + 0.8 * (o - (0.75 if ortho == "v2" else 1.0) * along)
+    assert got.dtype == dtype and got.isfinite().all()
+    step = torch.finfo(dtype).eps * expected.abs().max()
+    assert float((got.double() - expected).abs().max()) <= step
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_statistics_of_half_precision_do_not_overflow(dtype):
+    t, s = ((300 * draw(B, H, 64, D, seed=x)).to(dtype) for x in (8, 9))
+    got = _parts(StyleStudio(references=REFERENCE), prompt(0, 9)).after(t, (s,))
+    t, s = t.double(), s.double()
+    normal = (t - t.mean(2, keepdim=True)) / t.std(2, keepdim=True)
+    expected = normal * s.std(2, keepdim=True) + s.mean(2, keepdim=True)
+    step = torch.finfo(dtype).eps * expected.abs().max()
+    assert got.dtype == dtype and float((got.double() - expected).abs().max()) <= step
+
+
+def test_a_text_without_variance_takes_the_styles_mean():
+    flat = torch.zeros_like(QUERY)
+    style = draw(B, H, N, D, seed=4)
+    got = _parts(StyleStudio(references=REFERENCE), prompt(0, 9)).after(flat, (style,))
+    assert close(got, style.mean(2, keepdim=True).expand_as(style))
