@@ -166,3 +166,51 @@ def test_layers_of_the_papers():
     assert chosen("style_id", SDXL) == [n for n in SDXL if n.startswith(STYLE_ID)]
     assert chosen("late", SDXL) == [n for n in SDXL if n.startswith("up_blocks.1.")]
     assert len(chosen("style_id", SDXL)) == 4 and len(chosen("late", SDXL)) == 6
+
+
+def test_references_follow_the_timestep_not_the_call(distance):
+    """A scheduler that asks the model twice per step (Heun): every call sees the references at its
+    own noise level; a cache that counted calls would run ahead."""
+    import random_pipelines as tiny
+    from diffusers import HeunDiscreteScheduler
+
+    pipe = tiny.sdxl(scheduler=HeunDiscreteScheduler(**tiny.BETAS))
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    method = StyleID()
+    references = [Reference(latents=x) for x in latents]
+    bank = build_bank(pipe, references, method, num_inference_steps=3, labels="consistent")
+    seen = []
+
+    def note(module, args, kwargs):
+        seen.append((float(kwargs["timestep"]), kwargs["sample"][:2].clone()))
+
+    with apply(pipe, method, bank=bank):
+        hook = pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
+        pipe("a cat", num_inference_steps=3, output_type="latent")
+        hook.remove()
+    calls = [t for t, _ in seen]
+    assert len(calls) > len(set(calls)) == 3  # some levels are asked for twice
+    for t, rows in seen:
+        level = (bank.timesteps - t).abs().argmin()
+        assert distance(rows, bank.latents[:, level]) <= 1e-6
+
+
+def test_the_three_row_batch_needs_no_cache(sdxl3, run):
+    """Nothing of the references' features outlives a call: the style holds no tensor of a layer."""
+    method = StyleID()
+    with apply(sdxl3, method) as handle:
+        run(sdxl3)
+        kept = vars(handle._controller)
+        tensors = [v for v in kept.values() if isinstance(v, torch.Tensor)]
+        assert not tensors and kept["now"] is None and not kept["_masks"]
+
+
+def test_unconditional_rows_are_told_by_the_caller(sdxl3, run, distance):
+    """Which chunk is unconditional comes from the pipeline, never from an assumed order: without
+    guidance there is none, and style fidelity changes nothing."""
+    outs = []
+    for fidelity in (0.0, 1.0):
+        with apply(sdxl3, ReferenceOnly(style_fidelity=fidelity)):
+            outs.append([run(sdxl3, guidance_scale=g) for g in (1.0, 5.0)])
+    assert torch.equal(outs[0][0], outs[1][0])
+    assert distance(outs[0][1], outs[1][1]) > 1e-4
