@@ -23,7 +23,6 @@ from .style_shot import StyleShot
 from .style_studio import StyleStudio, StyleStudioTeacher
 from .visual_style_prompting import VisualStylePrompting
 from .weight_types import WEIGHT_TYPES, weight_type
-from .weight_types import WEIGHT_TYPES, weight_type
 from .z_star import ZStar
 
 _ALL = (
@@ -52,7 +51,6 @@ METHODS: dict[str, type[Any]] = {m.name: m for m in _ALL}
 __all__ = [
     "CSGO",
     "METHODS",
-    "WEIGHT_TYPES",
     "WEIGHT_TYPES",
     "Adapter",
     "AlignedGen",
@@ -85,6 +83,5 @@ __all__ = [
     "StyleStudioTeacher",
     "VisualStylePrompting",
     "ZStar",
-    "weight_type",
     "weight_type",
 ]

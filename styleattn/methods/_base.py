@@ -233,3 +233,16 @@ def log(strength: Number) -> Number:
     if isinstance(strength, Tensor):
         return torch.log(strength)
     return math.log(strength) if strength else -math.inf
+
+
+def without_numbers(method: Any) -> tuple[dict[str, Any], list[int]]:
+    """The settings of a method but its numbers; what is no setting (masks, pictures, embeddings,
+    adapters, encoders) by identity."""
+    settings = {k: v for k, v in method.to_dict().items() if k not in method.NUMBERS}
+    parts = ("mask", "image", "latents", "embeds", "negative")
+    things = [getattr(r, part) for r in method.references or () for part in parts]
+    things += [
+        getattr(method, part, None)
+        for part in ("adapter", "image_encoder", "text_encoder", "negative_content")
+    ]
+    return settings, [id(thing) for thing in things if not isinstance(thing, str)]

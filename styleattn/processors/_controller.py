@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from styleattn.methods import CrossCall, EncoderMethod, Method, NormCall, Rows
-from styleattn.methods._base import Number, off
+from styleattn.methods._base import Number, off, without_numbers
 from styleattn.references import Reference, StyleBank, always, weight_at, weight_tensor
 
 from . import _caller
@@ -353,7 +353,7 @@ class Controller:
             ValueError: no method here differs from the given one in numbers only.
         """
         for i, old in enumerate(self.methods):
-            if _without_numbers(old) == _without_numbers(method):
+            if without_numbers(old) == without_numbers(method):
                 self.methods[i] = method
                 for name, tensor in self.numbers[i].items():
                     tensor.fill_(float(getattr(method, name)))
@@ -387,12 +387,6 @@ def _put(attn: Any, processor: Any) -> None:
     attn._modules.pop("processor", None)
     attn.__dict__.pop("processor", None)
     attn.processor = processor
-
-
-def _without_numbers(method: Method) -> tuple[dict[str, Any], list[int]]:
-    """The settings of a method but its numbers; masks by identity."""
-    settings = {k: v for k, v in method.to_dict().items() if k not in method.NUMBERS}
-    return settings, [id(r.mask) for r in method.references or ()]
 
 
 def _times(a: Number, b: Number) -> Number:

@@ -4,6 +4,7 @@ own and loaded ones, layer by layer and through whole UNets."""
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import image_prompts as images
 import pytest
@@ -272,6 +273,25 @@ def test_scale_layers_and_steps_weigh_loaded_images(sdxl, run, distance):
         sdxl.set_ip_adapter_scale(0.6)
         with apply(sdxl, IPAdapter(0.5, layers=STYLE, steps=(0.0, 0.5))):
             assert distance(run(sdxl, PROMPTS, steps=4, **call), theirs) <= 1e-5
+
+
+def test_an_update_changes_numbers_only(sdxl, run):
+    """Another scale at once; another image, adapter or mask needs another `apply`."""
+    state = images.checkpoint(sdxl.unet)
+    adapter, shown = own(sdxl, state), Reference(embeds=embeds(0))
+    method = IPAdapter(0.8, adapter, references=shown)
+    with apply(sdxl, replace(method, scale=0.2)):
+        expected = run(sdxl, PROMPTS)
+    with apply(sdxl, method) as handle:
+        for other in (
+            replace(method, references=Reference(embeds=embeds(1))),
+            replace(method, references=Reference(embeds=shown.embeds, negative=embeds(1))),
+            replace(method, adapter=own(sdxl, state)),
+        ):
+            with pytest.raises(ValueError, match="changes numbers of an applied method only"):
+                handle.update(other)
+        handle.update(replace(method, scale=0.2))
+        assert torch.equal(run(sdxl, PROMPTS), expected)
 
 
 def test_several_images_share_a_softmax(sdxl, run, distance):
