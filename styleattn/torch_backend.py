@@ -284,8 +284,8 @@ def merge_two(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tup
     further = torch.where(both == NEG_INF, NEG_INF, other_lse - lse)
     share = torch.sigmoid(further).unsqueeze(-1)
     kept = torch.where(both == NEG_INF, 0.0, torch.sigmoid(lse - other_lse)).unsqueeze(-1)
-    a = torch.where(kept == 0.0, 0.0, out.float() * kept)
-    return a + torch.where(share == 0.0, 0.0, other.float() * share), both
+    total = torch.where(kept == 0.0, 0.0, out.float()).mul_(kept)
+    return total.add_(torch.where(share == 0.0, 0.0, other.float()).mul_(share)), both
 
 
 def _branch(query: Tensor, branch: Branch, scale: float) -> tuple[Tensor, Tensor]:
@@ -344,7 +344,8 @@ def attention_forward(
     """
     batch, heads, length, dim = query.shape
     longest = max(length, *(s.key.shape[2] for branch in branches for s in branch.segments))
-    step = max(1, _PART // (4 * batch * longest * dim))
+    head = 4 * batch * longest * dim
+    step = max(1, _PART // head) if heads * head > 4 * _PART else heads
     if query.device.type != "cpu" or step >= heads:
         return _some(query, branches, softmax_scale)
     out = torch.empty(batch, length, heads, dim, dtype=query.dtype).transpose(1, 2)
