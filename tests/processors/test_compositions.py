@@ -232,3 +232,29 @@ def test_offload(run, distance, kind, how):
         pipe.unet.enable_group_offload(onload_device=here, offload_device=here, offload_type=how)
     with apply(pipe, method):
         assert distance(run(pipe, ["a cat"], **extra), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["own", "loaded"])
+def test_half_precision(run, distance, kind):
+    """No further from single precision than twice diffusers' own distance."""
+    pipe = tiny.sdxl()
+    state = images.checkpoint(pipe.unet)
+    method = IPAdapter(0.7, own(pipe, state), references=Reference(embeds=embeds(0)))
+    call = {"ip_adapter_image_embeds": given([embeds(0)])}
+
+    def theirs(**extra):
+        pipe.unet._load_ip_adapter_weights([state])
+        pipe.set_ip_adapter_scale(0.7)
+        return run(pipe, ["a cat"], **extra).float()
+
+    expected = theirs(**call)
+    pipe.unload_ip_adapter()
+    pipe.to(torch.bfloat16)
+    call = {"ip_adapter_image_embeds": [e.bfloat16() for e in call["ip_adapter_image_embeds"]]}
+    official = theirs(**call)
+    if kind == "own":
+        pipe.unload_ip_adapter()
+    with apply(pipe, method if kind == "own" else IPAdapter()):
+        ours = run(pipe, ["a cat"], **(call if kind == "loaded" else {}))
+    assert ours.dtype == torch.bfloat16
+    assert distance(ours.float(), expected) <= 2 * distance(official, expected)
