@@ -1,10 +1,10 @@
 """The `torch` backend: library flash attention per segment and an exact log-sum-exp merge.
 
 K and V are read where they are: the key affine folds into the query, the value affine into the
-    segment's output, row maps become
-views. StyleAligned's whole batch is two library calls: every row against its own keys, and the
-targets, stacked along the
-sequence, against their references. (A K/V blend has no such form and is materialised.)
+segment's output, row maps become views. StyleAligned's whole batch is two library calls: every row
+against its own keys, and the targets, stacked along the sequence, against their references (on the
+CPU a large batch takes them a few heads at a time). A K/V blend has no such form and is
+materialised.
 """
 
 from __future__ import annotations
