@@ -57,6 +57,7 @@ class IPAdapter(Images):
         paper="IP-Adapter: Text Compatible Image Prompt Adapter, arXiv 2308.06721",
         modality="text, image",
         route="encoder",
+        hosts="SD 1.x, SD 2.x, SDXL, FLUX.1",
         needs="prompts, a picture, adapter weights, a CLIP image encoder",
         weights="h94/IP-Adapter, Apache-2.0",
     )

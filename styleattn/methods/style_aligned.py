@@ -87,6 +87,7 @@ class StyleAligned(Settings):
         paper="Style Aligned Image Generation via Shared Attention, CVPR 2024, arXiv 2312.02133",
         modality="text, image",
         route="inversion, attention",
+        hosts="SD 1.x, SD 2.x, SDXL, FLUX.1",
         needs="prompts; a reference picture, or a prompt to make it from",
     )
 

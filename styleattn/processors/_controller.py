@@ -247,7 +247,7 @@ class Controller:
             )
         if caller.timesteps is None or not len(caller.timesteps):
             raise RuntimeError(
-                "styleattn: a schedule over steps needs the run's timesteps; call the UNet within"
+                "styleattn: a schedule over steps needs the run's timesteps; call the model within"
                 " `with handle.layout(chunks=..., timesteps=scheduler.timesteps)`"
             )
         if torch.compiler.is_compiling():

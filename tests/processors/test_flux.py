@@ -301,6 +301,40 @@ def test_fill():
     assert torch.equal(go(), plain)
 
 
+def test_kontext_and_control():
+    """A picture in context, and one on the channels (depth, canny): the reference is as it was, the
+    other rows are styled."""
+    from diffusers import FluxControlPipeline, FluxKontextPipeline
+
+    kontext = FluxKontextPipeline(**random_flux.parts())
+    control = FluxControlPipeline(**random_flux.parts(in_channels=8, out_channels=4))
+    given = {kontext: {"image": PICTURE.resize((16, 16)), "_auto_resize": False, "max_area": 256}}
+    given[control] = {"control_image": PICTURE.resize((16, 16))}
+    for pipe, picture in given.items():
+        pipe.set_progress_bar_config(disable=True)
+
+        def go(pipe=pipe, picture=picture):
+            return pipe(
+                prompt=list(PROMPTS),
+                **picture,
+                height=16,
+                width=16,
+                max_sequence_length=16,
+                num_inference_steps=2,
+                output_type="latent",
+                generator=torch.Generator().manual_seed(0),
+            ).images
+
+        plain = go()
+        with apply(pipe, STYLE):
+            styled = go()
+        assert relative(styled[0], plain[0]) <= 1e-5
+        assert relative(styled[1:], plain[1:]) > 1e-3
+        with apply(pipe, REDUX):
+            assert relative(go(), plain) > 1e-3
+        assert torch.equal(go(), plain)
+
+
 def test_pictures_in_context_are_not_shared(shared):
     """Kontext puts a picture behind the image tokens: it is no style reference, and sees none of
     the rows' statistics."""
