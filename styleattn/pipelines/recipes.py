@@ -96,6 +96,11 @@ RECIPES: dict[str, Recipe] = {
     ),
     "ip_adapter": Recipe(roles=(), shown=True, defaults={"guidance": 7.5, "steps": 30}),
     "instant_style": Recipe(roles=(), shown=True, defaults={"guidance": 5.0, "steps": 30}),
+    # Two pictures are content and style, one is the style.
+    "csgo": Recipe(roles=(), shown=True, defaults={"guidance": 10.0}),
+    "rb_modulation": Recipe(roles=(), shown=True, defaults={"guidance": 7.5}),
+    "style_studio": Recipe(roles=(), shown=True, defaults={"guidance": 7.0}),
+    "deadiff": Recipe(roles=(), shown=True, defaults={"guidance": 8.0}),
 }
 
 
