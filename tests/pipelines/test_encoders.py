@@ -77,6 +77,7 @@ CASES = {
 """The file, and another strength."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", CASES)
 def test_a_picture_in_and_a_picture_out(place, tmp_path, method):
     """Another strength makes another one."""
