@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .captions import MAX_TOKENS, save_word_tokenizer
-from .drawings import SIZE
+from .drawings import CONTENTS, SIZE
 from .model import FACTOR, LATENT_CHANNELS, TEXT_WIDTH, latents_of, new_text_encoder
 
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_flux import FluxAttention
     from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 GRID = SIZE // FACTOR // 2
@@ -27,7 +28,7 @@ TOKENS = GRID * GRID
 CHANNELS = 4 * LATENT_CHANNELS
 T5_WIDTH = 64
 
-TRANSFORMER = {
+TRANSFORMER: dict[str, Any] = {
     "patch_size": 1,
     "in_channels": CHANNELS,
     "num_layers": 2,
@@ -39,6 +40,8 @@ TRANSFORMER = {
     "guidance_embeds": True,
     "axes_dims_rope": (8, 12, 12),
 }
+# The size of a bias that outweighs the rest of a query or key when attention starts.
+_PLACE = 6.0
 # `FluxPipeline` shifts the noise levels by exp(base_shift) for a picture of 64 tokens.
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -89,7 +92,28 @@ def new_transformer() -> FluxTransformer2DModel:
         elif name.endswith(("to_out.0", "to_add_out", "net.2", "proj_out")):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+    _write_places(model.transformer_blocks[0].attn)
     return model
+
+
+def _write_places(attn: FluxAttention) -> None:
+    """Let the heads of a double block begin as a sense of place, which rotary positions give only
+    as distances: the share of its attention that an image token gives to the text, which stands at
+    (0, 0), varies with the token's row or column r.
+
+    The logits are A cos(w r + p), for rows and columns each once with w = 0.22, p = 0.8, monotone
+    over the picture, and once with w = 1, p = 0.
+    """
+    width = attn.head_dim
+    _, rows, columns = TRANSFORMER["axes_dims_rope"]
+    for head in range(attn.heads):
+        axis, slow = head % 2, head // 2 % 2 == 0
+        pair = head * width + width - columns - (rows if axis == 0 else 0) + 2 * slow
+        angle = torch.tensor(0.8 if slow else 0.0)
+        attn.to_q.bias[pair : pair + 2] = _PLACE * torch.stack([angle.cos(), angle.sin()])
+        attn.add_k_proj.bias[pair] = _PLACE
+    nn.init.normal_(attn.add_v_proj.bias)
+    nn.init.normal_(attn.to_out[0].weight, std=0.1)
 
 
 def new_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
@@ -128,14 +152,29 @@ def new_t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
 
 
 class FluxDenoiser(nn.Module):
-    """Transformer and text encoders as they are trained and as `FluxPipeline` uses them: the pooled
-    token of CLIP, the states of T5."""
+    """Transformer and text encoders as `FluxPipeline` uses them: the pooled token of CLIP, the
+    states of T5. The encoders stay as they begin, at random: they tell the words apart, and trained
+    along they soon tell the transformer less."""
 
     def __init__(self, tokenizer: CLIPTokenizer, tokenizer_2: T5Tokenizer) -> None:
         super().__init__()
         self.transformer = new_transformer()
         self.text_encoder = new_text_encoder(tokenizer, projected=False)
         self.text_encoder_2 = new_t5_encoder(tokenizer_2)
+        self.text_encoder.requires_grad_(False)
+        self.text_encoder_2.requires_grad_(False)
+        self._tell_contents_apart(tokenizer)
+
+    @torch.no_grad()
+    def _tell_contents_apart(self, tokenizer: CLIPTokenizer, deviation: float = 0.5) -> None:
+        """Scale what the transformer makes of the pooled token, so that the contents begin as far
+        apart from one another as the noise levels are."""
+        ids = tokenizer([f"a {c}" for c in CONTENTS], padding="max_length", return_tensors="pt")
+        pooled = self.text_encoder(ids.input_ids).pooler_output
+        layers = self.transformer.time_text_embed.text_embedder
+        layers.linear_1.weight.div_(pooled.std(0).clamp_min(1e-3))
+        layers.linear_1.bias.copy_(-layers.linear_1.weight @ pooled.mean(0))
+        layers.linear_2.weight.mul_(deviation / layers(pooled).std(0).mean())
 
     def embed(self, ids: torch.Tensor, ids_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompt embeddings [B, T, C] and pooled embeddings [B, P]."""
