@@ -266,7 +266,8 @@ class _Loaded:
             for i in range(count):
                 part = slice(i * key.shape[2] // count, (i + 1) * key.shape[2] // count)
                 segment = Segment(key[:, :, part], value[:, :, part], rows=rows)
-                weight = site.mask_weight(mask, index, i, query) * (factor * scales[i % len(scales)])
+                strength = factor * scales[i % len(scales)]
+                weight = site.mask_weight(mask, index, i, query) * strength
                 found.append(Branch((segment,), weight=weight.expand(query.shape[0], -1)))
         return found
 
