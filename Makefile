@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --no-compile
 RUN := HF_HUB_OFFLINE=1 $(BIN)/
+# as many processes as cores, one test file to a process; WORKERS=0 for one process
+WORKERS ?= auto
+PYTEST := $(RUN)python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: setup demo test full lint format fuzz bench dist clean
 
@@ -29,10 +32,10 @@ demo: setup
 	$(RUN)styleattn demo --out out
 
 test: lint
-	$(RUN)python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 full: lint
-	$(RUN)python -m pytest
+	$(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .
