@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from styleattn.references import Layers, Reference, Steps, plain
+from styleattn.references import Layers, Reference, Steps, check_steps, plain
 
 Number = float | Tensor
 M = TypeVar("M", bound="Settings")
@@ -143,9 +143,57 @@ class Method(Protocol):
 
 
 class Settings:
-    """Plain-data forms of a frozen dataclass of a method's knobs."""
+    """Checks and plain-data forms of a frozen dataclass of a method's knobs."""
 
     name: ClassVar[str]
+    steps: Steps
+    references: tuple[Reference, ...] | None
+
+    def _wrong_numbers(self, *knobs: str) -> list[str]:
+        """What is wrong with knobs that must be finite numbers."""
+        reasons = []
+        for knob in knobs:
+            value = getattr(self, knob)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                reasons.append(f"{knob} must be a number, got {value!r}")
+            elif not math.isfinite(value):
+                reasons.append(f"{knob} must be finite, got {value}")
+        return reasons
+
+    def _wrong_flags(self, *knobs: str) -> list[str]:
+        """What is wrong with knobs that must be True or False."""
+        values = {knob: getattr(self, knob) for knob in knobs}
+        return [
+            f"{knob} must be True or False, got {value!r}"
+            for knob, value in values.items()
+            if not isinstance(value, bool)
+        ]
+
+    def _plain_steps(self) -> list[str]:
+        """Put the steps into a tuple; what is wrong with them."""
+        try:
+            object.__setattr__(self, "steps", check_steps("steps", self.steps))
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+    def _plain_references(self, single: bool = True) -> bool:
+        """Put a list of references (or a single one, where that may be) into a tuple; whether they
+        are None or a tuple of `Reference`."""
+        references: Any = self.references
+        if isinstance(references, list):
+            references = tuple(references)
+        elif single and isinstance(references, Reference):
+            references = (references,)
+        object.__setattr__(self, "references", references)
+        return references is None or (
+            isinstance(references, tuple) and all(isinstance(r, Reference) for r in references)
+        )
+
+    def _refuse(self, reasons: Sequence[str]) -> None:
+        """Raise a ValueError that gives all reasons, where there are any."""
+        if reasons:
+            raise ValueError(f"{type(self).__name__}: " + "; ".join(reasons))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain data: {"method": name, knob: value}."""

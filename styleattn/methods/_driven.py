@@ -46,8 +46,7 @@ class ImageDriven(Images):
         reasons = [*self._check(*self.NUMBERS), *self._reasons()]
         if isinstance(self.references, tuple) and not reasons:
             reasons = self._of_references(self.references)
-        if reasons:
-            raise ValueError(f"{type(self).__name__}: " + "; ".join(reasons))
+        self._refuse(reasons)
 
     def _reasons(self) -> list[str]:
         """What is wrong with the method's own knobs."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
 
 from torch import Tensor
 
 from styleattn.branch import Branch, Segment
-from styleattn.references import Reference, check_steps
 
 from ._base import Layer, Number, Settings
 from ._cross import CrossCall, CrossParts, ImagePrompt
@@ -21,29 +19,12 @@ class Images(Settings):
 
     adapter: Any
     image_encoder: Any
-    references: tuple[Reference, ...] | None
 
     def _check(self, *numbers: str) -> list[str]:
         """Put steps and references into their plain form; everything that is wrong with the
         fields."""
-        reasons = []
-        for knob in numbers:
-            value = getattr(self, knob)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                reasons.append(f"{knob} must be a number, got {value!r}")
-            elif not math.isfinite(value):
-                reasons.append(f"{knob} must be finite, got {value}")
-        try:
-            object.__setattr__(self, "steps", check_steps("steps", getattr(self, "steps")))  # noqa: B009
-        except ValueError as error:
-            reasons.append(str(error))
-        references: Any = self.references
-        if isinstance(references, (list, Reference)):
-            references = (references,) if isinstance(references, Reference) else tuple(references)
-            object.__setattr__(self, "references", references)
-        if references is not None and not (
-            isinstance(references, tuple) and all(isinstance(r, Reference) for r in references)
-        ):
+        reasons = [*self._wrong_numbers(*numbers), *self._plain_steps()]
+        if not self._plain_references():
             reasons.append("references must all be Reference")
         if isinstance(self.adapter, type):
             reasons.append(f"adapter must be an adapter or a file, got {self.adapter.__name__}")

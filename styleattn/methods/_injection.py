@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from styleattn.attention import attention
 from styleattn.branch import Branch, Segment
-from styleattn.references import Layers, Reference, Steps, check_steps
+from styleattn.references import Layers, Reference, Steps
 
 from ._base import Layer, NormCall, Number, SelfCall, Settings
 
@@ -41,26 +41,13 @@ class Injection(Settings):
     NUMBERS: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        reasons = self._reasons()
-        try:
-            object.__setattr__(self, "steps", check_steps("steps", self.steps))
-        except ValueError as error:
-            reasons.append(str(error))
-        references: Any = self.references
-        if isinstance(references, (list, Reference)):
-            references = (references,) if isinstance(references, Reference) else tuple(references)
-            object.__setattr__(self, "references", references)
-        if references is not None:
-            whole = isinstance(references, tuple) and all(
-                isinstance(r, Reference) for r in references
+        reasons = [*self._reasons(), *self._plain_steps()]
+        whole, references = self._plain_references(), self.references
+        if not whole or (references is not None and len(references) != len(self.ROLES)):
+            reasons.append(
+                f"references must be {len(self.ROLES)} Reference ({', '.join(self.ROLES)}), or None"
             )
-            if not whole or len(references) != len(self.ROLES):
-                reasons.append(
-                    f"references must be {len(self.ROLES)} Reference ({', '.join(self.ROLES)}), or"
-                    " None"
-                )
-        if reasons:
-            raise ValueError(f"{type(self).__name__}: " + "; ".join(reasons))
+        self._refuse(reasons)
 
     def _reasons(self) -> list[str]:
         """What is wrong with the method's own knobs."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from styleattn.attention import attention
 from styleattn.branch import Affine, Branch, Segment
-from styleattn.references import Layers, Reference, Steps, check_steps
+from styleattn.references import Layers, Reference, Steps
 
 from ._base import Layer, Number, Rows, Settings, log
 
@@ -152,32 +151,10 @@ class JointSettings(Settings):
     def _check(self, *numbers: str) -> list[str]:
         """Put steps and references into their plain form; everything that is wrong with them and
         with the numbers."""
-        reasons = []
-        for knob in numbers:
-            value = getattr(self, knob)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                reasons.append(f"{knob} must be a number, got {value!r}")
-            elif not math.isfinite(value):
-                reasons.append(f"{knob} must be finite, got {value}")
-        try:
-            object.__setattr__(self, "steps", check_steps("steps", getattr(self, "steps")))  # noqa: B009
-        except ValueError as error:
-            reasons.append(str(error))
-        references: Any = self.references
-        if isinstance(references, (list, Reference)):
-            references = (references,) if isinstance(references, Reference) else tuple(references)
-            object.__setattr__(self, "references", references)
-        if references is not None and not (
-            isinstance(references, tuple)
-            and references
-            and all(isinstance(r, Reference) for r in references)
-        ):
+        reasons = [*self._wrong_numbers(*numbers), *self._plain_steps()]
+        if not self._plain_references() or self.references == ():
             reasons.append("references must be a non-empty tuple of Reference, or None")
         return reasons
-
-    def _refuse(self, reasons: Sequence[str]) -> None:
-        if reasons:
-            raise ValueError(f"{type(self).__name__}: " + "; ".join(reasons))
 
 
 def rotated(x: Tensor, rotary: Rotary | None) -> Tensor:

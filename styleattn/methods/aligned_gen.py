@@ -69,9 +69,7 @@ class AlignedGen(JointSettings):
 
     def __post_init__(self) -> None:
         reasons = self._check("shared_score_scale", "time_power")
-        for flag in _FLAGS:
-            if not isinstance(getattr(self, flag), bool):
-                reasons.append(f"{flag} must be True or False, got {getattr(self, flag)!r}")
+        reasons += self._wrong_flags(*_FLAGS)
         offset: Any = self.offset
         if not isinstance(offset, (list, tuple)) or len(offset) != 2:
             reasons.append(f"offset must be (down, right), got {offset!r}")

@@ -80,8 +80,7 @@ class InstantStyle(Images):
             reasons.append("negative_content is an empty prompt")
         if isinstance(content, Tensor) and content.ndim != 1:
             reasons.append(f"negative_content must be [width], got {list(content.shape)}")
-        if reasons:
-            raise ValueError("InstantStyle: " + "; ".join(reasons))
+        self._refuse(reasons)
 
     @property
     def layers(self) -> Layers:

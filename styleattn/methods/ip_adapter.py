@@ -66,5 +66,4 @@ class IPAdapter(Images):
         reasons = self._check("scale")
         if self.adapter is None and self.negative_layers is not None:
             reasons.append("negative_layers needs an adapter of its own")
-        if reasons:
-            raise ValueError("IPAdapter: " + "; ".join(reasons))
+        self._refuse(reasons)

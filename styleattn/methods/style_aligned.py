@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from styleattn.attention import attention, shared_attention
 from styleattn.branch import Branch, Segment
-from styleattn.references import Layers, Reference, Steps, check_steps
+from styleattn.references import Layers, Reference, Steps
 from styleattn.statistics import TokenStats
 
 from ._adain import adain, centred
@@ -92,10 +92,7 @@ class StyleAligned(Settings):
     )
 
     def __post_init__(self) -> None:
-        reasons = []
-        for flag in _FLAGS:
-            if not isinstance(getattr(self, flag), bool):
-                reasons.append(f"{flag} must be True or False, got {getattr(self, flag)!r}")
+        reasons = self._wrong_flags(*_FLAGS)
         for knob in (*self.NUMBERS, "only_self_level"):
             value = getattr(self, knob)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
@@ -104,21 +101,13 @@ class StyleAligned(Settings):
                 reasons.append(f"only_self_level must be in [0, 1], got {value}")
             elif math.isinf(value) and (knob != "shared_score_shift" or value > 0):
                 reasons.append(f"{knob} must be finite, got {value}")
-        try:
-            object.__setattr__(self, "steps", check_steps("steps", self.steps))
-        except ValueError as error:
-            reasons.append(str(error))
-        references: Any = self.references
-        if references is not None:
-            if isinstance(references, list):
-                references = tuple(references)
-                object.__setattr__(self, "references", references)
-            if not isinstance(references, tuple) or not references:
-                reasons.append("references must be a non-empty tuple of Reference, or None")
-            elif not all(isinstance(r, Reference) for r in references):
-                reasons.append("references must all be Reference")
-        if reasons:
-            raise ValueError("StyleAligned: " + "; ".join(reasons))
+        reasons += self._plain_steps()
+        whole, references = self._plain_references(single=False), self.references
+        if references is not None and (not isinstance(references, tuple) or not references):
+            reasons.append("references must be a non-empty tuple of Reference, or None")
+        elif not whole:
+            reasons.append("references must all be Reference")
+        self._refuse(reasons)
 
     @property
     def shares_norm(self) -> bool:

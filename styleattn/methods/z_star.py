@@ -58,8 +58,7 @@ class ZStar(Injection):
 
     def _reasons(self) -> list[str]:
         found = [self._number("style_scale"), self._number("content_scale")]
-        if not isinstance(getattr(self, "rearrange_style"), bool):  # noqa: B009
-            found.append(f"rearrange_style must be True or False, got {self.rearrange_style!r}")
+        found += self._wrong_flags("rearrange_style")
         return [reason for reason in found if reason]
 
     def self_attention(self, call: SelfCall) -> Tensor:
