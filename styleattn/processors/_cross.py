@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from diffusers.models import attention_processor as host
@@ -24,6 +24,8 @@ from ._prompts import Prompt, on_grid
 
 if TYPE_CHECKING:
     from ._controller import Controller
+
+S = TypeVar("S", bound="SharesLoaded")
 
 LOADED = tuple(
     getattr(host, name)
@@ -164,20 +166,28 @@ class StyleCrossProcessor:
         )
 
 
-class StyleIPAdapterProcessor(IPAdapterAttnProcessor2_0):
-    """The same where diffusers has loaded IP-Adapters: theirs and ours in one call.
+class SharesLoaded:
+    """A module that stands in for a processor of loaded IP-Adapters: projections and scales are
+    those of that processor, not copies.
 
-    A subclass, because `set_ip_adapter_scale` asks for one; projections and scales are those of the
-    processor it stands in for, not copies.
+    Named before diffusers' class, which makes projections of its own.
     """
 
+    SHARED: ClassVar[tuple[str, ...]] = (
+        "to_k_ip",
+        "to_v_ip",
+        "hidden_size",
+        "cross_attention_dim",
+    )
+
+    base: Any
+
     def __init__(self, base: Any = None):
-        torch.nn.Module.__init__(self)
+        torch.nn.Module.__init__(cast(torch.nn.Module, self))
         object.__setattr__(self, "base", base)
         if base is not None:
-            self.to_k_ip, self.to_v_ip = base.to_k_ip, base.to_v_ip
-            self.hidden_size, self.num_tokens = base.hidden_size, base.num_tokens
-            self.cross_attention_dim = base.cross_attention_dim
+            for name in self.SHARED:
+                setattr(self, name, getattr(base, name))
 
     @property
     def scale(self) -> Any:
@@ -188,8 +198,17 @@ class StyleIPAdapterProcessor(IPAdapterAttnProcessor2_0):
     def scale(self, value: Any) -> None:
         self.base.scale = value
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> StyleIPAdapterProcessor:
-        return StyleIPAdapterProcessor(memo.get(id(self.base), self.base))
+    def __deepcopy__(self: S, memo: dict[int, Any]) -> S:
+        return type(self)(memo.get(id(self.base), self.base))
+
+
+class StyleIPAdapterProcessor(SharesLoaded, IPAdapterAttnProcessor2_0):
+    """The same where diffusers has loaded IP-Adapters: theirs and ours in one call.
+
+    A subclass, because `set_ip_adapter_scale` asks for one.
+    """
+
+    SHARED = (*SharesLoaded.SHARED, "num_tokens")
 
     def __call__(
         self,

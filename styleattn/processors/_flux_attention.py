@@ -22,7 +22,7 @@ from styleattn.methods._base import Number, off
 from styleattn.methods._joint import Rotary, Tokens, attend, plain_parts
 
 from ._attention import STATE, watched
-from ._cross import Entry
+from ._cross import Entry, SharesLoaded
 from ._flux_prompts import added_images, loaded_weight
 from .dispatch import per_key
 
@@ -125,30 +125,11 @@ class FluxStyleProcessor(_Chosen, FluxAttnProcessor):
         return joint(site, attn, tokens, encoder_hidden_states)
 
 
-class FluxStyleIPAdapterProcessor(_Chosen, FluxIPAdapterAttnProcessor):
+class FluxStyleIPAdapterProcessor(_Chosen, SharesLoaded, FluxIPAdapterAttnProcessor):
     """The same where diffusers has loaded IP-Adapters; here their masks are honoured.
 
-    A subclass, because diffusers asks for one; projections and scales are those of the processor
-    it stands in for, not copies.
+    A subclass, because diffusers asks for one.
     """
-
-    def __init__(self, base: Any):
-        torch.nn.Module.__init__(self)
-        object.__setattr__(self, "base", base)
-        self.to_k_ip, self.to_v_ip = base.to_k_ip, base.to_v_ip
-        self.hidden_size, self.cross_attention_dim = base.hidden_size, base.cross_attention_dim
-
-    @property
-    def scale(self) -> Any:
-        """Of the processor it stands in for."""
-        return self.base.scale
-
-    @scale.setter
-    def scale(self, value: Any) -> None:
-        self.base.scale = value
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FluxStyleIPAdapterProcessor:
-        return FluxStyleIPAdapterProcessor(memo.get(id(self.base), self.base))
 
     def __call__(
         self,
