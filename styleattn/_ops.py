@@ -10,6 +10,7 @@ and named in the call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -138,12 +139,25 @@ def attention_op(
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, L, D] and lse [G, B, H, L] of a packed call; `backend` "" chooses, `call` names it
     in errors; `exact_lse`: somebody reads the lse, so give back what folding took from it."""
-    branches = unpack(tensors, layout, numbers)
-    name = backends.resolve(call, query, branches, backend or None)
+    return _compute(
+        query, unpack(tensors, layout, numbers), softmax_scale, backend or None, call, exact_lse
+    )
+
+
+def _compute(
+    query: Tensor,
+    branches: tuple[Branch, ...],
+    softmax_scale: float,
+    backend: str | None,
+    call: str,
+    exact_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """A normalised call on the backend that runs it."""
+    name = backends.resolve(call, query, branches, backend)
     if query.shape[0] == 0:
         return _blhd(query), _empty_lse(query, len(branches))
     _check_rows(call, branches)
-    with torch.autocast(query.device.type, enabled=False):
+    with _without_autocast(query.device.type):
         forward = backends.load(name).attention_forward
         out, lse = forward(query, branches, softmax_scale)
         if exact_lse and backends.rounds_queries(name, query):
@@ -201,7 +215,7 @@ def attention_backward_op(
     from styleattn.gradients import attention_gradients
 
     branches = unpack(tensors, layout, numbers)
-    with torch.autocast(query.device.type, enabled=False):
+    with _without_autocast(query.device.type):
         query_grad, grads = attention_gradients(
             grad_out, grad_lse, query, branches, softmax_scale, lse
         )
@@ -263,15 +277,46 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
 attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _unseen(tensors: Sequence[Tensor]) -> bool:
+    """Whether nobody would see that a call went through an op: no compiler, tracer, profiler,
+    transform or dispatch mode, plain tensors only, and nothing to differentiate. Dispatch costs
+    three times what checking a call does."""
+    return (
+        not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        and all(type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
+        and forward_ad._current_level < 0
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+    )
+
+
+def _tensors(branches: Sequence[Branch]) -> list[Tensor]:
+    """The tensors of a call, in any order."""
+    nodes = (*branches, *(s for branch in branches for s in branch.segments))
+    values = [value for node in nodes for value in vars(node).values()]
+    parts = [part for x in values if type(x) is Affine for part in vars(x).values()]
+    return [x for x in (*values, *parts) if isinstance(x, Tensor)]
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Autocast off, where it is on."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 def attention(
     query: Tensor,
-    branches: Sequence[Branch],
+    branches: tuple[Branch, ...],
     softmax_scale: float,
     backend: str | None,
     call: str,
     exact_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """A normalised call through the op boundary.
+    """A normalised call through the op boundary, where there is somebody on the other side of it.
 
     Args:
         exact_lse: the caller reads the lse: in half precision it costs folded branches one more
@@ -280,6 +325,8 @@ def attention(
     Raises:
         RuntimeError: forward-mode differentiation, which the op does not have.
     """
+    if _unseen([query, *_tensors(branches)]):
+        return _compute(query, branches, softmax_scale, backend, call, exact_lse)
     tensors, layout, numbers = pack(branches)
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         dual = [x for x in (query, *tensors) if forward_ad.unpack_dual(x).tangent is not None]
@@ -294,9 +341,14 @@ def attention(
 def token_stats_op(x: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     """mean and sqrt(unbiased variance + eps) over the tokens of [B, H, N, D], each [B, H, D] in
     fp32."""
-    module = backends.load_stats(backends.resolve_stats("token_stats", x, backend or None))
-    with torch.autocast(x.device.type, enabled=False):
-        return module.token_stats_forward(x, eps)
+    return _compute_stats(x, eps, backend or None)
+
+
+def _compute_stats(x: Tensor, eps: float, backend: str | None) -> tuple[Tensor, Tensor]:
+    module = backends.load_stats(backends.resolve_stats("token_stats", x, backend))
+    with _without_autocast(x.device.type):
+        found: tuple[Tensor, Tensor] = module.token_stats_forward(x, eps)
+        return found
 
 
 @token_stats_op.register_fake
@@ -320,5 +372,13 @@ def _stats_backward(ctx: Any, grad_mean: Tensor, grad_std: Tensor) -> tuple[Any,
 
 
 token_stats_op.register_autograd(_stats_backward, setup_context=_stats_setup)
+
+
+def token_stats(x: Tensor, eps: float, backend: str | None) -> tuple[Tensor, Tensor]:
+    """Checked token statistics through the op boundary, as `attention` goes through it."""
+    if _unseen([x]):
+        return _compute_stats(x, eps, backend)
+    return token_stats_op(x, eps, backend or "")
+
 
 OPS: tuple[Callable[..., Any], ...] = (attention_op, attention_backward_op, token_stats_op)

@@ -75,10 +75,11 @@ def load_stats(name: str) -> ModuleType:
 
 def _missing(name: str) -> str | None:
     """Why a backend cannot be loaded at all, or None."""
-    if name == "triton" and importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if name not in _loaded and importlib.util.find_spec(MODULES[name]) is None:
-        return f"{MODULES[name]} is missing from this installation"
+    if name not in _loaded:
+        if name == "triton" and importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if importlib.util.find_spec(MODULES[name]) is None:
+            return f"{MODULES[name]} is missing from this installation"
     if name == "cpu":
         available, reason = load("cpu").available()
         return None if available else reason

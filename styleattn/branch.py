@@ -182,6 +182,8 @@ class _Checker:
         """A Python (or numpy) number as a float that the math dtype can hold."""
         if torch.compiler.is_compiling() and not isinstance(x, (bool, str, type(None))):
             return x  # type: ignore[return-value]  # maybe symbolic: nothing to look at yet
+        if type(x) is float and -_LARGEST <= x <= _LARGEST:
+            return x
         known = isinstance(x, (int, float, numbers.Real))
         if isinstance(x, bool) or not known:
             self.reasons.append(f"{name} must be a number or a tensor, got a {type(x).__name__}")

@@ -36,7 +36,7 @@ def token_stats(x: Tensor, *, eps: float = 1e-5, backend: str | None = None) -> 
     check_query("token_stats", x, "x")
     check_eps("token_stats", eps, x)
     backends.check_name("token_stats", backend)
-    return TokenStats(*_ops.token_stats_op(x, float(eps), backend or ""))
+    return TokenStats(*_ops.token_stats(x, float(eps), backend))
 
 
 def check_eps(call: str, eps: object, x: Tensor) -> None:

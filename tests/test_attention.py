@@ -9,6 +9,7 @@ import torch._dynamo.testing
 from hypothesis import HealthCheck, given, settings
 from oracles import official_style_aligned
 from strategies import calls
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import styleattn
 from styleattn import Branch, Segment, _ops
@@ -418,6 +419,37 @@ def test_opcheck(backend):
         (query.requires_grad_(), tensors, layout, numbers, scale, backend, "test", True),
     )
     torch.library.opcheck(_ops.token_stats_op, (query.detach(), 1e-5, backend))
+
+
+class Ops(TorchDispatchMode):
+    """Counts our ops while it is on."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += func.namespace == "styleattn"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_call_that_nobody_watches_skips_the_op_and_gives_the_same_bits():
+    query, call, scale = ALL_OPTIONS.build()
+
+    def run(q=query):
+        return styleattn.attention(q, call, softmax_scale=scale, return_lse=True)
+
+    direct, stats = run(), styleattn.token_stats(query)
+    with Ops() as ops:
+        watched, seen = run(), styleattn.token_stats(query)
+    assert ops.seen == 2
+    for mine, other in zip((*direct, *stats), (*watched, *seen), strict=True):
+        assert torch.equal(mine, other) and mine.stride() == other.stride()
+    with torch.profiler.profile() as profile:
+        run()
+    assert "styleattn::attention" in {event.key for event in profile.key_averages()}
+    assert run(query.clone().requires_grad_())[0].requires_grad
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_ops, "attention_op", None)
+        assert torch.equal(run(query.clone().requires_grad_())[0], direct[0])
 
 
 @backends

@@ -1,8 +1,8 @@
-"""`tiny-sdxl`, a Stable Diffusion XL of a few megabytes that ships in this package, its drawings
-and its measure.
+"""`tiny-sdxl` and `tiny-flux`, a Stable Diffusion XL and a FLUX.1 of a few megabytes that ship in
+this package, their drawings and their measure.
 
-The model draws the things of `CONTENTS` in the styles of `STYLES`, 32 x 32 pixels, and nothing
-else. It needs no network and no GPU. Importing this module loads neither diffusers nor
+The models draw the things of `CONTENTS` in the styles of `STYLES`, 32 x 32 pixels, and nothing
+else. They need no network and no GPU. Importing this module loads neither diffusers nor
 transformers; `load` does.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ import torch
 from .drawings import CONTENTS, EDGES, PALETTES, SIZE, STYLES, TEXTURES, Style, draw, style_of
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLPipeline
     from PIL.Image import Image
 
 __all__ = [
@@ -40,7 +39,7 @@ __all__ = [
     "style_of",
 ]
 
-MODELS = ("tiny-sdxl",)
+MODELS = ("tiny-sdxl", "tiny-flux")
 # Drawings for training come from generators seeded [seed, step]; these have a third number and so
 # are never among them.
 _HELD_OUT = 1_000_003
@@ -74,7 +73,7 @@ class Reference:
 
 
 def path(name: str = "tiny-sdxl") -> Path:
-    """The directory of an embedded model, as `StableDiffusionXLPipeline.from_pretrained` takes it.
+    """The directory of an embedded model, as `DiffusionPipeline.from_pretrained` takes it.
 
     Raises:
         ValueError: there is no model of this name.
@@ -90,8 +89,11 @@ def path(name: str = "tiny-sdxl") -> Path:
     return found
 
 
-def load(name: str = "tiny-sdxl", dtype: torch.dtype = torch.float32) -> StableDiffusionXLPipeline:
-    """Load an embedded model from the package; nothing is looked up on the network.
+def load(name: str = "tiny-sdxl", dtype: torch.dtype = torch.float32) -> Any:
+    """Load an embedded model from the package, a `StableDiffusionXLPipeline` or a `FluxPipeline`;
+    nothing is looked up on the network.
+
+    `tiny-flux` draws at 32 x 32 unless it is told otherwise; its T5 wants `max_sequence_length=16`.
 
     Args:
         dtype: the weights are stored in fp16; CPUs want float32.
@@ -100,11 +102,16 @@ def load(name: str = "tiny-sdxl", dtype: torch.dtype = torch.float32) -> StableD
         ValueError: there is no model of this name.
         FileNotFoundError: the installed package lacks the weights.
     """
-    from diffusers import StableDiffusionXLPipeline
+    import diffusers
 
-    pipe = StableDiffusionXLPipeline.from_pretrained(
-        str(path(name)), local_files_only=True, add_watermarker=False, use_safetensors=True
+    flux = name == "tiny-flux"
+    options = {} if flux else {"add_watermarker": False}
+    kind = diffusers.FluxPipeline if flux else diffusers.StableDiffusionXLPipeline
+    pipe = kind.from_pretrained(
+        str(path(name)), local_files_only=True, use_safetensors=True, **options
     )
+    if flux:
+        pipe.default_sample_size = SIZE // pipe.vae_scale_factor  # FluxPipeline assumes 128
     return pipe if dtype == torch.float32 else pipe.to(dtype=dtype)
 
 

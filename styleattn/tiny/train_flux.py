@@ -30,12 +30,14 @@ class Settings(training.Settings):
         aligned: share of the steps with groups that share as AlignedGen does.
         guided, guided_from: share of the steps, from `guided_from` on, that teach what the embedded
             guidance scale does.
+        compiled: run the blocks through `torch.compile`; the rounding differs from the eager run's.
     """
 
     shift: float = 2.0
     aligned: float = 0.5
     guided: float = 0.0
     guided_from: int = 0
+    compiled: bool = False
 
 
 @dataclass
@@ -117,6 +119,11 @@ class Run(BaseRun):
         model = FluxDenoiser(self.tokenizer, self.tokenizer_2)
         self.groups = FluxGroups()
         share_flux_in_groups(model.transformer, self.groups)
+        if self.settings.compiled:
+            torch._dynamo.config.recompile_limit = 64  # every block, plain and in groups
+            for name in ("transformer_blocks", "single_transformer_blocks"):
+                for block in getattr(model.transformer, name):
+                    block.compile()
         return model
 
     def is_matrix(self, name: str, parameter: nn.Parameter) -> bool:
