@@ -10,6 +10,7 @@ from .aligned_gen import AlignedGen
 from .cross_image_attention import CrossImageAttention
 from .csgo import CSGO
 from .deadiff import DEADiff
+from .diptych import FillDiptych
 from .instant_style import InstantStyle
 from .ip_adapter import IPAdapter
 from .mutual_attention import MutualAttention
@@ -44,6 +45,7 @@ _ALL = (
     PuLIDSDXL,
     AlignedGen,
     Redux,
+    FillDiptych,
 )
 METHODS: dict[str, type[Any]] = {m.name: m for m in _ALL}
 """Every method by the name that settings and the command line use."""
@@ -61,6 +63,7 @@ __all__ = [
     "DEADiff",
     "EncoderMethod",
     "Facts",
+    "FillDiptych",
     "IPAdapter",
     "ImagePrompt",
     "InstantStyle",

@@ -86,6 +86,7 @@ class JointCall:
         rotary_at: the positions of the image tokens, moved down and right by so many heights and
             widths of the image.
         backend: a name, or None for the best that can run.
+        panels: tokens of the image's first panel, where those of each panel lie together.
     """
 
     layer: Layer
@@ -100,6 +101,7 @@ class JointCall:
     time: Number = 1.0
     rotary_at: Callable[[tuple[float, float]], Rotary | None] = lambda offset: None
     backend: str | None = None
+    panels: int | None = None
 
 
 @runtime_checkable
@@ -138,6 +140,21 @@ class ContextMethod(JointMethod, Protocol):
 
     def weighed(self, tokens: Tensor, strength: Number) -> Tensor:
         """The tokens as they enter the model at a strength."""
+        ...
+
+
+@runtime_checkable
+class PanelMethod(JointMethod, Protocol):
+    """A joint method without references that sees the image as two panels. It comes last in a
+    layer, because it parts the image's keys in two segments."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether it leaves the model as it is."""
+        ...
+
+    def in_second(self, places: Tensor) -> Tensor:
+        """[N] bool: whether the image tokens at rows and columns [N, 2] are in the second panel."""
         ...
 
 
@@ -223,7 +240,7 @@ def _joined(run: Sequence[Part]) -> tuple[Segment, ...]:
     for name, segment in run[0].segments.items():
         biases = [p.segments[name].logit_bias for p in run]
         if not all(_same(b, biases[0]) for b in biases):
-            wide = [_per_query(b, p.query) for b, p in zip(biases, run, strict=True)]
+            wide = [per_query(b, p.query) for b, p in zip(biases, run, strict=True)]
             segment = replace(segment, logit_bias=torch.cat(wide, 1))
         found.append(segment)
     return tuple(found)
@@ -236,7 +253,7 @@ def _same(a: Number, b: Number) -> bool:
     return a == b
 
 
-def _per_query(bias: Number, query: Tensor) -> Tensor:
+def per_query(bias: Number, query: Tensor) -> Tensor:
     """A bias as [B, N]."""
     wide = torch.as_tensor(bias, dtype=torch.float32, device=query.device)
     return (wide[:, None] if wide.ndim == 1 else wide).expand(query.shape[0], query.shape[2])

@@ -17,13 +17,14 @@ from torch import Tensor
 from styleattn.methods import Rows
 from styleattn.methods._base import Number, off
 from styleattn.methods._images import Images
-from styleattn.methods._joint import ContextMethod, JointCall, JointMethod, Tokens
+from styleattn.methods._joint import ContextMethod, JointCall, JointMethod, PanelMethod, Tokens
 from styleattn.references import Reference
 
 from . import _caller
 from ._caller import Caller
 from ._controller import Controller, Now
 from ._flux_attention import OURS, JointSite
+from ._flux_panels import PanelOrder, Panels
 from ._flux_places import Moved, share_of
 from ._prompts import Prompts
 
@@ -41,6 +42,7 @@ class FluxNow(Now):
         places: [N, 2] row and column of every image token.
         time: the noise level, 1 to 0.
         moved: the rotary positions of the image tokens, moved by heights and widths of the image.
+        panels: how the image tokens were put in order, where a method parts the image.
     """
 
     lengths: Mapping[str, int] | None = None
@@ -48,6 +50,7 @@ class FluxNow(Now):
     places: Tensor | None = None
     time: Number = 1.0
     moved: Any = None
+    panels: Panels | None = None
 
 
 class FluxController(Controller):
@@ -77,6 +80,7 @@ class FluxController(Controller):
         self.wanted = max((len(references[i]) for i in in_rows), default=0)
         self.control = any(self.methods[i].control_reference for i in in_rows)
         self._known_ids: tuple[Any, int, int] | None = None
+        self.order = PanelOrder(self.methods)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_known_ids": None}
@@ -85,7 +89,7 @@ class FluxController(Controller):
 
     def in_rows(self, method: int) -> bool:
         """Whether the references of a method are rows of the batch."""
-        return not isinstance(self.methods[method], (ContextMethod, Images))
+        return not isinstance(self.methods[method], (ContextMethod, Images, PanelMethod))
 
     def works(self, site: JointSite) -> bool:
         """Whether a method is at work on a layer; if not it is left as it was."""
@@ -98,6 +102,8 @@ class FluxController(Controller):
         if self.contexts[entry.method]:  # tokens in the sequence: even to be ignored
             return any(now.runs[entry.method])
         gate, strengths = self.strengths(entry, now)
+        if entry.method == self.order.method:
+            return now.panels is not None and not off(gate)
         if isinstance(self.methods[entry.method], Images):
             if self.methods[entry.method].adapter is None:
                 return isinstance(site.base, self.loaded)
@@ -119,7 +125,7 @@ class FluxController(Controller):
         """What every method of a layer is asked now."""
         now = self.running()
         device = tokens["image"].query.device
-        for entry in site.entries:
+        for entry in self.order.last(site.entries):
             index = entry.method
             if isinstance(self.methods[index], Images) or not self._active(site, entry, now):
                 continue
@@ -144,6 +150,7 @@ class FluxController(Controller):
                     now.time,
                     now.moved,
                     self.backend,
+                    None if now.panels is None else now.panels.first,
                 ),
             )
 
@@ -177,6 +184,8 @@ class FluxController(Controller):
         inputs = _images_of_prompts(inputs, batch, each)
         ids = inputs["img_ids"]
         made = self._generated(ids, image.shape[1])
+        inputs, panels = self.order.arrange(self.methods, inputs, made)
+        ids = inputs["img_ids"]
         ids = ids[0] if ids.ndim == 3 else ids
         lengths = {"text": text.shape[1]}
         inputs, runs = self._extend(inputs, lengths, gates, weights, rows, each)
@@ -195,6 +204,7 @@ class FluxController(Controller):
             ids[:made, 1:].long(),
             level / 1000,
             Moved(module, ids[:made]),
+            panels,
         )
         return (), inputs
 
@@ -204,9 +214,11 @@ class FluxController(Controller):
         gates, weights = super()._schedule(timestep, caller)
         return tuple(map(_varying, gates)), tuple(tuple(map(_varying, w)) for w in weights)
 
-    def after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        """Forward hook."""
-        self.now = None
+    def after(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook: the image's tokens as they came."""
+        now, self.now = self.now, None
+        panels = now.panels if isinstance(now, FluxNow) else None
+        return None if panels is None else panels.restored(output)
 
     def _caller(self, module: Any, timestep: Any, text: Tensor) -> tuple[Caller, Any]:
         """Who calls, and the noise level as the scheduler has it (0 to 1000)."""

@@ -15,13 +15,14 @@ from torch import Tensor
 from styleattn.adapters import load_redux
 from styleattn.methods import Layer
 from styleattn.methods._images import Images
-from styleattn.methods._joint import ContextMethod, JointMethod
+from styleattn.methods._joint import ContextMethod, JointMethod, PanelMethod
 from styleattn.references import Reference, StyleBank
 
 from ._attention import STATE
 from ._cross import Entry
 from ._flux_attention import OURS, REPLACEABLE, FluxStyleProcessor, JointSite
 from ._flux_controller import FluxController
+from ._flux_panels import check_panels
 from ._flux_prompts import flux_prompts_of
 from ._layers import layer_weights
 from ._pictures import Eye
@@ -63,6 +64,7 @@ def plan(
             "banks hold the trajectories of UNets; on FLUX the references are the call's first"
             " prompts, or come with the method"
         )
+    check_panels(methods, model, pipe)
     references = [_references(m) for m in methods]
     contexts = [_contexts(m, r, model, pipe) for m, r in zip(methods, references, strict=True)]
     layers = joint_attention_layers(model)
@@ -90,6 +92,8 @@ def _reaches(method: Any, prompts: Sequence[Any], layers: Mapping[str, Any]) -> 
     if isinstance(method, ContextMethod):
         # tokens in the sequence: layers that are not chosen ignore them, by a gate of 0
         return lambda layer, gate, weight: method.takes(layer)
+    if isinstance(method, PanelMethod):
+        return lambda layer, gate, weight: bool(gate and method.takes(layer))
     if not isinstance(method, Images):
         return lambda layer, gate, weight: bool(gate and weight and method.takes(layer))
     if method.adapter is None:
@@ -139,7 +143,7 @@ def _base(name: str, attn: Any) -> Any:
 def _references(method: Any) -> tuple[Reference, ...]:
     """The references of a method: its own, or one plain one."""
     own: tuple[Reference, ...] | None = method.references
-    if isinstance(method, Images):
+    if isinstance(method, (Images, PanelMethod)):
         return own or ()
     if isinstance(method, ContextMethod):
         if not own or any(r.embeds is None and r.image is None for r in own):

@@ -1,0 +1,383 @@
+"""FLUX.1 Fill on a canvas of two panels, against the stock transformer with a dense mask and its
+tokens in raster order."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import random_flux
+import torch
+from PIL import Image
+
+from styleattn.methods import FillDiptych, Redux, StyleAligned
+from styleattn.processors import apply, remove
+from styleattn.processors._flux_panels import PanelOrder
+from styleattn.references import Reference
+
+torch.set_num_threads(1)
+T, M = 16, 9
+PROMPTS = ["a cat", "a house"]
+STRENGTHS = ("a_to_b", "b_to_a", "a_to_redux", "b_to_redux", "redux_to_a", "redux_to_b")
+ALL = dict(zip(STRENGTHS, (0.0, 2.0, 0.5, 3.0, 0.3, 1.7), strict=True))
+TOKENS = torch.randn(M, 32, generator=torch.Generator().manual_seed(1))
+PICTURE = Image.effect_noise((32, 16), 60).convert("RGB")
+WIDE = (16, 8)
+"""Height and width of the canvas in tokens, and where panel B begins."""
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return random_flux.fill()
+
+
+@pytest.fixture(autouse=True)
+def no_style_left(pipe):
+    yield
+    remove(pipe)
+
+
+def relative(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def paint(pipe, size=(16, 32), prompt_embeds=None, **arguments):
+    """A call over three steps, latents out; the right half is painted."""
+    height, width = size
+    mask = Image.new("L", (width, height), 0)
+    mask.paste(255, (width // 2, 0, width, height))
+    prompts = {"prompt": PROMPTS} if prompt_embeds is None else {"prompt_embeds": prompt_embeds}
+    return pipe(
+        **{"image": PICTURE.resize((width, height)), "mask_image": mask, **prompts, **arguments},
+        height=height,
+        width=width,
+        max_sequence_length=T,
+        num_inference_steps=3,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    ).images
+
+
+def dense(strengths, grid=(8, 16), cells=8, axis=1, redux=1.0, mask=None, steps=1.0):
+    """log s between the groups of tokens, [S, S], in raster order."""
+    count = grid[0] * grid[1]
+    place = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij"), -1).view(-1, 2)
+    second = place[:, axis] >= cells
+    image = torch.arange(T + M, T + M + count)
+    groups = {"a": image[~second], "b": image[second], "redux": torch.arange(T, T + M)}
+    bias = torch.zeros(T + M + count, T + M + count)
+    for name, s in strengths.items():
+        rows, columns = (groups[g] for g in name.split("_to_"))
+        bias[rows[:, None], columns[None]] += steps * math.log(s) if s else -math.inf
+    others = torch.cat([torch.arange(T), image])
+    bias[others[:, None], groups["redux"][None]] += math.log(redux)
+    if mask is not None:
+        bias[:T, T : T + M] += mask.mean().log()
+        bias[T + M :, T : T + M] += mask.flatten().log()[:, None]
+    return bias
+
+
+def stock(pipe, bias, **arguments):
+    """The stock pipeline with the picture's tokens behind the prompt's, and a dense bias."""
+    text, pooled, _ = pipe.encode_prompt(PROMPTS, None, max_sequence_length=T)
+    both = torch.cat([text, TOKENS.expand(len(PROMPTS), -1, -1)], 1)
+    more = {"joint_attention_kwargs": {"attention_mask": bias}}
+    return paint(pipe, prompt_embeds=both, pooled_prompt_embeds=pooled, **more, **arguments)
+
+
+def redux(weight=1.0, **more):
+    return Redux(references=(Reference(embeds=TOKENS, weight=weight, **more),))
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_each_strength_is_a_bias_between_segments(pipe, strength):
+    expected = stock(pipe, dense({strength: 2.5}))
+    assert relative(expected, stock(pipe, dense({}))) > 1e-3
+    with apply(pipe, redux(), FillDiptych(**{strength: 2.5})):
+        assert relative(paint(pipe), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", None])
+def test_all_at_once_in_either_order(pipe, backend):
+    """Also a strength of 0, and Redux' own; which method comes first is all one."""
+    expected = stock(pipe, dense(ALL, redux=0.7))
+    for methods in ((redux(0.7), FillDiptych(**ALL)), (FillDiptych(**ALL), redux(0.7))):
+        with apply(pipe, *methods, backend=backend):
+            assert relative(paint(pipe), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arrangement", "split", "size", "grid", "cells", "axis"),
+    [
+        ("stacked", 0.5, (32, 16), (16, 8), 8, 0),
+        ("side_by_side", 0.3, (6, 34), (3, 17), 5, 1),
+        ("stacked", 0.2, (10, 14), (5, 7), 1, 0),
+    ],
+)
+def test_arrangements_and_odd_grids(pipe, arrangement, split, size, grid, cells, axis):
+    expected = stock(pipe, dense(ALL, grid, cells, axis), size=size)
+    with apply(pipe, redux(), FillDiptych(arrangement=arrangement, split=split, **ALL)):
+        assert relative(paint(pipe, size), expected) <= 1e-5
+
+
+def test_every_layer_by_itself(pipe):
+    """The output of each attention module in the first call, back in raster order."""
+    kept = {"stock": [], "ours": []}
+
+    def watch(which):
+        def hook(module, args, output):
+            kept[which].append(output)
+
+        layers = [m.attn for m in pipe.transformer.transformer_blocks]
+        layers += [m.attn for m in pipe.transformer.single_transformer_blocks]
+        return [layer.register_forward_hook(hook) for layer in layers]
+
+    hooks = watch("stock")
+    stock(pipe, dense(ALL))
+    [hook.remove() for hook in hooks]
+    with apply(pipe, redux(), FillDiptych(**ALL)):
+        hooks = watch("ours")
+        paint(pipe)
+        [hook.remove() for hook in hooks]
+    columns = torch.arange(128) % 16
+    order = torch.cat([torch.where(columns < 8)[0], torch.where(columns >= 8)[0]])
+    for i in range(4):
+        theirs, ours = kept["stock"][i], kept["ours"][i]
+        if isinstance(theirs, tuple):
+            assert relative(ours[1], theirs[1]) <= 1e-5
+            theirs, ours = theirs[0][:, order], ours[0]
+        else:
+            theirs = torch.cat([theirs[:, : T + M], theirs[:, T + M :][:, order]], 1)
+        assert relative(ours, theirs) <= 1e-5
+
+
+def test_without_biases_it_is_the_very_pipeline(pipe):
+    """Bit for bit where every strength is 1; the order alone changes nothing but rounding."""
+    plain = paint(pipe)
+    with apply(pipe, FillDiptych()):
+        assert torch.equal(paint(pipe), plain)
+    with apply(pipe, FillDiptych(a_to_b=3.0, steps=(0.0, 0.0))):
+        assert relative(paint(pipe), plain) <= 1e-5
+    with apply(pipe, redux()):
+        shown = paint(pipe)
+    with apply(pipe, redux(), FillDiptych()):
+        assert torch.equal(paint(pipe), shown)
+    assert torch.equal(paint(pipe), plain)
+
+
+def test_layers_and_schedules(pipe):
+    """Half of the layers; a curve of weights: the bias times the weight; a range of steps."""
+    bias, nothing = dense({"b_to_a": 4.0}), dense({})
+    calls = []
+
+    def hide(module, args, kwargs):
+        return args, {**kwargs, "attention_mask": nothing}
+
+    layers = [m.attn for m in pipe.transformer.single_transformer_blocks]
+    hooks = [a.register_forward_pre_hook(hide, with_kwargs=True) for a in layers]
+    expected = stock(pipe, bias)
+    [hook.remove() for hook in hooks]
+    with apply(pipe, redux(), FillDiptych(b_to_a=4.0, layers="transformer_blocks")):
+        assert relative(paint(pipe), expected) <= 1e-5
+    plain, weights = pipe.transformer.forward, (0.5, 0.0, 1.0)
+
+    def by_step(**inputs):
+        now = dense({"b_to_a": 4.0}, steps=weights[len(calls)])
+        calls.append(1)
+        return plain(**{**inputs, "joint_attention_kwargs": {"attention_mask": now}})
+
+    pipe.transformer.forward = by_step
+    try:
+        expected = stock(pipe, bias)
+    finally:
+        del pipe.transformer.forward
+    with apply(pipe, redux(), FillDiptych(b_to_a=4.0, steps=weights)):
+        assert relative(paint(pipe), expected) <= 1e-5
+
+
+def test_strengths_change_in_place(pipe):
+    with apply(pipe, redux(), FillDiptych(b_to_a=2.0)) as handle:
+        for s in (5.0, 1.0, 0.5):
+            handle.update(FillDiptych(b_to_a=s))
+            got = paint(pipe)
+            with handle.paused():
+                expected = stock(pipe, dense({"b_to_a": s}))
+            assert relative(got, expected) <= 1e-5
+        with pytest.raises(ValueError, match="numbers"):
+            handle.update(FillDiptych(split=0.25))
+
+
+def test_masks_find_their_tokens(pipe):
+    """Redux in panel B alone, by a mask of the canvas: where its tokens are, not where they lie."""
+    mask = torch.zeros(8, 16)
+    mask[:, 8:] = 1.0
+    mask[2, 3] = 0.25
+    expected = stock(pipe, dense({"b_to_a": 2.0}, mask=mask))
+    with apply(pipe, redux(mask=mask), FillDiptych(b_to_a=2.0)):
+        assert relative(paint(pipe), expected) <= 1e-5
+
+
+def test_next_to_a_method_on_the_images(pipe):
+    """StyleAligned parts no image and comes first: with the order alone it is what it was."""
+    with apply(pipe, StyleAligned()):
+        expected = paint(pipe)
+    with apply(pipe, FillDiptych(a_to_redux=2.0), StyleAligned()):
+        assert relative(paint(pipe), expected) <= 1e-5
+    with apply(pipe, FillDiptych(b_to_a=2.0), StyleAligned()):
+        assert relative(paint(pipe), expected) > 1e-4
+
+
+def arranged(method, grid=(3, 5), **more):
+    ids = torch.zeros(*grid, 3)
+    ids[..., 1] += torch.arange(grid[0])[:, None]
+    ids[..., 2] += torch.arange(grid[1])
+    count = grid[0] * grid[1]
+    inputs = {
+        "hidden_states": torch.randn(2, count, 4),
+        "img_ids": ids.flatten(0, 1),
+        "controlnet_block_samples": [torch.randn(2, count, 8)],
+        "joint_attention_kwargs": {"attention_mask": torch.arange(4.0 + count)[None], "scale": 1.0},
+        **more,
+    }
+    return inputs, *PanelOrder([method]).arrange([method], inputs, count)
+
+
+def test_the_order_and_back_is_exact():
+    method = FillDiptych(b_to_a=2.0, split=0.4)
+    inputs, given, panels = arranged(method)
+    assert panels.first == 6
+    assert given["img_ids"][:6, 2].max() == 1 and given["img_ids"][6:, 2].min() == 2
+    for output in ((given["hidden_states"], "x"), SimpleNamespace(sample=given["hidden_states"])):
+        back = panels.restored(output)
+        back = back[0] if isinstance(back, tuple) else back.sample
+        assert torch.equal(back, inputs["hidden_states"])
+    for name in ("hidden_states", "img_ids"):
+        dim = 0 if name == "img_ids" else 1
+        assert torch.equal(given[name].index_select(dim, panels.inverse), inputs[name])
+    (residual,), (before,) = (x["controlnet_block_samples"] for x in (given, inputs))
+    assert torch.equal(residual.index_select(1, panels.inverse), before)
+    mask = given["joint_attention_kwargs"]["attention_mask"][0]
+    assert torch.equal(mask[:4], torch.arange(4.0))
+    assert torch.equal(mask[4:].index_select(0, panels.inverse), 4 + torch.arange(15.0))
+    assert pickle.loads(pickle.dumps(PanelOrder([method]))).method == 0
+
+
+def test_stacked_panels_stay_where_they_are():
+    inputs, given, panels = arranged(FillDiptych(b_to_a=2.0, arrangement="stacked", split=0.6))
+    assert panels.first == 10 and panels.order is None and panels.restored("x") is None
+    assert given["hidden_states"] is inputs["hidden_states"]
+
+
+SCRIPT = """
+import resource, sys
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+import random_flux
+from styleattn.methods import FillDiptych
+from styleattn.processors import apply
+
+model = random_flux.transformer(in_channels=20, out_channels=8)
+inputs = random_flux.inputs(grid=(48, 48)) | {"hidden_states": torch.randn(1, 2304, 20)}
+
+
+def call(**more):
+    with torch.no_grad():
+        model(**inputs, **more)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+before = call()
+with apply(model, FillDiptych(b_to_a=2.0, a_to_b=0.0)) as handle:
+    with handle.layout(1):
+        ours = call()
+size = 48 * 48 + 7
+dense = call(joint_attention_kwargs={"attention_mask": torch.zeros(size, size)})
+print(ours - before, dense - ours, size * size * 4)
+"""
+
+
+def test_biases_take_no_memory():
+    """A call of 2304 image tokens needs what it needs without biases; a dense mask shows."""
+    from pathlib import Path
+
+    tests = str(Path(__file__).resolve().parents[1])
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, tests], capture_output=True, text=True, check=True
+    )
+    ours, dense_mask, matrix = map(int, run.stdout.split())
+    assert ours < matrix / 4
+    assert dense_mask > matrix / 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"a_to_b": -1.0, "b_to_a": -2.0}, "a_to_b.*b_to_a"),
+        ({"b_to_a": math.inf}, "finite"),
+        ({"split": 1.0, "arrangement": "diagonal"}, "split.*arrangement"),
+        ({"references": (Reference(),)}, "panel A"),
+    ],
+)
+def test_bad_knobs(bad, reason):
+    with pytest.raises(ValueError, match=f"FillDiptych: .*{reason}"):
+        FillDiptych(**bad)
+
+
+def test_plain_data_and_back():
+    method = FillDiptych(b_to_a=2.0, split=0.25, arrangement="stacked", steps=(0.0, 0.5))
+    assert FillDiptych.from_dict(method.to_dict()) == method
+
+
+def test_what_does_not_fill_is_refused_whole(pipe):
+    from diffusers import FluxControlPipeline
+
+    dev = random_flux.flux()
+    depth = FluxControlPipeline(**random_flux.parts(in_channels=8, out_channels=4))
+    for host, reason in ((dev, "a FluxPipeline .*4 channels"), (depth, "latents and a picture")):
+        before = dict(host.transformer.attn_processors)
+        with pytest.raises(TypeError, match=f"needs FLUX.1 Fill.*{reason}"):
+            apply(host, FillDiptych(b_to_a=2.0))
+        assert all(p is before[n] for n, p in host.transformer.attn_processors.items())
+    with pytest.raises(ValueError, match="apply one of them"):
+        apply(pipe, FillDiptych(), FillDiptych(b_to_a=2.0))
+    with (
+        apply(pipe, FillDiptych(b_to_a=2.0, split=0.01)),
+        pytest.raises(ValueError, match="without any"),
+    ):
+        paint(pipe)
+    with apply(pipe.transformer, FillDiptych(b_to_a=2.0)):
+        pass
+
+
+def test_depth_and_canny_with_redux():
+    """FluxControlPipeline: a control picture on the channels, Redux in the text."""
+    from diffusers import FluxControlPipeline
+
+    control = FluxControlPipeline(**random_flux.parts(in_channels=8, out_channels=4))
+    control.set_progress_bar_config(disable=True)
+    text, pooled, _ = control.encode_prompt(PROMPTS, None, max_sequence_length=T)
+
+    def go(**arguments):
+        return control(
+            control_image=PICTURE.resize((16, 16)),
+            height=16,
+            width=16,
+            max_sequence_length=T,
+            num_inference_steps=3,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+            **arguments,
+        ).images
+
+    bias = dense({}, (8, 8), redux=0.4)
+    more = {"joint_attention_kwargs": {"attention_mask": bias}, "pooled_prompt_embeds": pooled}
+    both = torch.cat([text, TOKENS.expand(2, -1, -1)], 1)
+    expected = go(prompt_embeds=both, **more)
+    with apply(control, redux(0.4)):
+        assert relative(go(prompt=PROMPTS), expected) <= 1e-5
+    assert relative(go(prompt=PROMPTS), expected) > 1e-3
