@@ -7,9 +7,18 @@ import string
 from typing import Any
 
 import torch
+from PIL import Image
 from random_pipelines import text_encoder, tokenizer
 
 HEADS, HEAD_DIM, TEXT = 2, 16, 32
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 
 def t5_tokenizer() -> Any:
@@ -57,30 +66,14 @@ def siglip() -> Any:
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     torch.manual_seed(6)
-    config = SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
-    )
-    return SiglipVisionModel(config).eval()
+    return SiglipVisionModel(SiglipVisionConfig(**VISION)).eval()
 
 
 def clip_vision() -> Any:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(7)
-    config = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        projection_dim=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
-    )
+    config = CLIPVisionConfig(**VISION, projection_dim=32)
     return CLIPVisionModelWithProjection(config).eval()
 
 
@@ -231,3 +224,18 @@ def load_ip_adapter(pipe: Any) -> None:
 
 EACH = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(2))
 """Embeddings of a picture per prompt."""
+
+TOKENS = torch.randn(9, 32, generator=torch.Generator().manual_seed(5))
+"""Redux tokens of a picture."""
+
+PICTURE = Image.effect_noise((32, 32), 60).convert("RGB")
+
+
+def relative(a: Any, b: Any) -> float:
+    """Largest difference over the largest value."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def processors(pipe: Any) -> dict[str, Any]:
+    """A copy of what stands on the layers now."""
+    return dict(pipe.transformer.attn_processors)

@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
 )
 from PIL import Image
-from random_flux import PROMPTS, run
+from random_flux import PICTURE, PROMPTS, TOKENS, processors, relative, run
 
 from styleattn.methods import Redux, StyleAligned, StyleID
 from styleattn.processors import apply, explain, remove
@@ -20,9 +20,7 @@ from styleattn.references import Reference
 
 torch.set_num_threads(1)
 STYLE = StyleAligned(shared_score_shift=0.3)
-TOKENS = torch.randn(9, 32, generator=torch.Generator().manual_seed(5))
 REDUX = Redux(references=(Reference(embeds=TOKENS, weight=0.6),))
-PICTURE = Image.effect_noise((32, 32), 60).convert("RGB")
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +31,6 @@ def shared():
 @pytest.fixture
 def pipe():
     return random_flux.flux()
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
-
-
-def processors(pipe):
-    return dict(pipe.transformer.attn_processors)
 
 
 # Coming and going

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import random_flux
 import torch
-from random_flux import EACH, PROMPTS, ip_adapter, load_ip_adapter, run
+from random_flux import EACH, PROMPTS, ip_adapter, load_ip_adapter, relative, run
 
 from styleattn.adapters import load_flux_ip_adapter
 from styleattn.methods import IPAdapter, Redux, StyleAligned
-from styleattn.processors import apply, remove
+from styleattn.processors import apply
 from styleattn.processors.flux import joint_attention_layers
 from styleattn.references import Reference
 
@@ -29,16 +29,6 @@ def stock():
     pipe = random_flux.flux()
     load_ip_adapter(pipe)
     return pipe
-
-
-@pytest.fixture(autouse=True)
-def no_style_left(pipe):
-    yield
-    remove(pipe)
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import flux_oracles as oracle
 import pytest
 import random_flux
 import torch
-from random_flux import run
+from random_flux import relative, run
 
 from styleattn.methods import AlignedGen, StyleAligned
-from styleattn.processors import apply, remove
+from styleattn.processors import apply
 from styleattn.references import Reference
 
 torch.set_num_threads(1)
@@ -19,16 +19,6 @@ TEXT, GRID = 16, (8, 8)
 @pytest.fixture(scope="module")
 def pipe():
     return random_flux.flux()
-
-
-@pytest.fixture(autouse=True)
-def no_style_left(pipe):
-    yield
-    remove(pipe)
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 KNOBS = [

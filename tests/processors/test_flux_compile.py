@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import random_flux
 import torch
+from random_flux import relative
 from torch._dynamo.testing import CompileCounter
 
 from styleattn.methods import AlignedGen, Redux, StyleAligned
@@ -22,10 +23,6 @@ def fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def small():

@@ -9,10 +9,10 @@ import flux_oracles as oracle
 import pytest
 import random_flux
 import torch
-from random_flux import run
+from random_flux import relative, run
 
 from styleattn.methods import StyleAligned
-from styleattn.processors import apply, remove
+from styleattn.processors import apply
 from styleattn.references import Reference
 
 torch.set_num_threads(1)
@@ -22,16 +22,6 @@ TEXT = 16
 @pytest.fixture(scope="module")
 def pipe():
     return random_flux.flux()
-
-
-@pytest.fixture(autouse=True)
-def no_style_left(pipe):
-    yield
-    remove(pipe)
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 KNOBS = [

@@ -7,10 +7,10 @@ import math
 import pytest
 import random_flux
 import torch
-from random_flux import run
+from random_flux import relative, run
 
 from styleattn.methods import AlignedGen, Redux, StyleAligned
-from styleattn.processors import apply, remove
+from styleattn.processors import apply
 from styleattn.references import Reference
 
 torch.set_num_threads(1)
@@ -21,16 +21,6 @@ PROMPTS = ("a toy train", "a cat")
 @pytest.fixture(scope="module")
 def pipe():
     return random_flux.flux()
-
-
-@pytest.fixture(autouse=True)
-def no_style_left(pipe):
-    yield
-    remove(pipe)
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def picture(seed, tokens=M, prompts=None):

@@ -12,8 +12,15 @@ from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
     FluxIPAdapterAttnProcessor,
 )
-from PIL import Image
-from random_flux import EACH, PROMPTS, load_ip_adapter, run
+from random_flux import (
+    EACH,
+    PROMPTS,
+    TOKENS,
+    load_ip_adapter,
+    processors,
+    relative,
+    run,
+)
 
 from styleattn.methods import Redux, StyleAligned
 from styleattn.processors import apply, remove
@@ -22,9 +29,7 @@ from styleattn.references import Reference
 
 torch.set_num_threads(1)
 STYLE = StyleAligned(shared_score_shift=0.3)
-TOKENS = torch.randn(9, 32, generator=torch.Generator().manual_seed(5))
 REDUX = Redux(references=(Reference(embeds=TOKENS, weight=0.6),))
-PICTURE = Image.effect_noise((32, 32), 60).convert("RGB")
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +40,6 @@ def shared():
 @pytest.fixture
 def pipe():
     return random_flux.flux()
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
-
-
-def processors(pipe):
-    return dict(pipe.transformer.attn_processors)
 
 
 # IP-Adapters that diffusers loads
