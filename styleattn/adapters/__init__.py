@@ -7,6 +7,7 @@ from .csd import CSD, load_csd
 from .csgo import CSGO, load_csgo
 from .deadiff import DEADiff, load_deadiff
 from .flux_ip_adapter import flux_order, load_flux_ip_adapter
+from .identity import read_identity, save_identity
 from .ip_adapter import ip_adapter_from, load_ip_adapter
 from .pulid import PuLID, load_pulid
 from .pulid_sdxl import PuLIDSDXLAdapter, load_pulid_sdxl
@@ -39,7 +40,9 @@ __all__ = [
     "load_redux",
     "load_style_aware_encoder",
     "load_styleshot",
+    "read_identity",
     "read_tensors",
+    "save_identity",
     "style_patches",
     "subtract_content",
 ]

@@ -13,6 +13,7 @@ from ._files import Tensors, size
 from ._perceiver import HEAD_DIM, PerceiverAttention, feed_forward
 
 LEVELS = 5  # hidden states of the vision tower: before its blocks 4, 8, 12, 16 and 20
+VISION_TOKENS = 577  # of the vision tower for one picture
 _DEPTH = 10
 _FACE_TOKENS = 5
 

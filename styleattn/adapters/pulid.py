@@ -9,11 +9,33 @@ import torch
 from torch import Tensor, nn
 
 from ._files import fill, part, read_tensors, size
-from ._idformer import IDFormer, check_face, idformer_of
+from ._idformer import LEVELS, VISION_TOKENS, IDFormer, check_face, idformer_of
 from ._perceiver import PerceiverAttention
 
 _CA_HEAD_DIM = 128
 DOUBLE_EVERY, SINGLE_EVERY = 2, 4
+
+
+class IdentityAttention(PerceiverAttention):
+    """Image tokens [B, N, dim] that read identity tokens [R, M, context], in parts: what a host
+    needs to run the attention itself."""
+
+    def __init__(self, dim: int, context: int, heads: int, head_dim: int) -> None:
+        super().__init__(dim, context, heads, head_dim, own_keys=False)
+
+    def query(self, image: Tensor) -> Tensor:
+        """[B, heads, N, D] of image tokens."""
+        return self.split(self.to_q(self.norm2(image)))
+
+    def key_value(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """[R, heads, M, D] each, of identity tokens."""
+        key, value = self.to_kv(self.norm1(tokens)).chunk(2, dim=-1)
+        return self.split(key), self.split(value)
+
+    def out(self, attended: Tensor) -> Tensor:
+        """What is added to the image tokens, of the attention's result [B, heads, N, D]."""
+        result: Tensor = self.to_out(attended.transpose(1, 2).flatten(-2))
+        return result
 
 
 class PuLID(nn.Module):
@@ -29,10 +51,11 @@ class PuLID(nn.Module):
 
     kind = "pulid-flux"
 
-    def __init__(self, pulid_encoder: IDFormer, pulid_ca: Sequence[PerceiverAttention]) -> None:
+    def __init__(self, pulid_encoder: IDFormer, pulid_ca: Sequence[IdentityAttention]) -> None:
         super().__init__()
         self.pulid_encoder = pulid_encoder
         self.pulid_ca = nn.ModuleList(pulid_ca)
+        self._nobody: Tensor | None = None
 
     def tokens(self, face: Tensor, vision: Sequence[Tensor]) -> Tensor:
         """Identity tokens [R, M, out].
@@ -55,6 +78,15 @@ class PuLID(nn.Module):
         """The inputs of `tokens` that stand for no identity: zeros, whose tokens are not zero."""
         return torch.zeros_like(face), [torch.zeros_like(v) for v in vision]
 
+    @torch.no_grad()
+    def nobody(self) -> Tensor:
+        """[1, M, out]: the tokens of no identity, made once."""
+        if self._nobody is None:
+            zero = self.pulid_encoder.latents.new_zeros
+            face, level = self.pulid_encoder.widths
+            self._nobody = self.tokens(zero(1, face), [zero(1, VISION_TOKENS, level)] * LEVELS)
+        return self._nobody
+
     def places(self, double: int = 19, single: int = 38) -> dict[str, int]:
         """Which cross-attention follows which block, by the block's module path.
 
@@ -73,27 +105,12 @@ class PuLID(nn.Module):
             )
         return {name: index for index, name in enumerate(names)}
 
-    def query(self, index: int, image: Tensor) -> Tensor:
-        """Queries [B, heads, N, D] of image tokens [B, N, C] at a cross-attention."""
-        ca = self._ca(index)
-        return ca.split(ca.to_q(ca.norm2(image)))
-
-    def key_value(self, index: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [R, heads, M, D] of identity tokens at a cross-attention."""
-        ca = self._ca(index)
-        key, value = ca.to_kv(ca.norm1(tokens)).chunk(2, dim=-1)
-        return ca.split(key), ca.split(value)
-
-    def out(self, index: int, attended: Tensor) -> Tensor:
-        """What is added to the image tokens, of the attention's result [B, heads, N, D]."""
-        result: Tensor = self._ca(index).to_out(attended.transpose(1, 2).flatten(-2))
-        return result
-
-    def _ca(self, index: int) -> PerceiverAttention:
-        ca = self.pulid_ca[index]
-        if not isinstance(ca, PerceiverAttention):
-            raise TypeError(f"pulid_ca.{index} is a {type(ca).__name__}")
-        return ca
+    def attention(self, index: int) -> IdentityAttention:
+        """One of the cross-attentions."""
+        found = self.pulid_ca[index]
+        if not isinstance(found, IdentityAttention):
+            raise TypeError(f"pulid_ca.{index} is a {type(found).__name__}")
+        return found
 
 
 def load_pulid(
@@ -127,9 +144,7 @@ def load_pulid(
     dim = size(tensors, 3072, *((f"{name}.norm2.weight", 0) for name in wide))
     heads = max(1, inner // _CA_HEAD_DIM)
     with torch.device("meta"):
-        attentions = [
-            PerceiverAttention(dim, out, heads, _CA_HEAD_DIM, own_keys=False) for _ in range(count)
-        ]
+        attentions = [IdentityAttention(dim, out, heads, _CA_HEAD_DIM) for _ in range(count)]
     pulid = PuLID(encoder, attentions)
     what = f"a PuLID-FLUX checkpoint for {double} double and {single} single blocks"
     fill(pulid, tensors, source=os.fspath(path), what=what, dtype=dtype)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ._adapter import Encoder, HostLayer, ImageAdapter, KeyValue, checkpoint_order
 from ._files import Tensors, fill, part, read_tensors, size
-from ._idformer import LEVELS, IDFormer, check_face, idformer_of, mapping
+from ._idformer import LEVELS, VISION_TOKENS, IDFormer, check_face, idformer_of, mapping
 
-_EVA_TOKENS = 577
 _FACE_TOKENS = 5
 
 
@@ -113,9 +112,9 @@ class PuLIDSDXLAdapter(ImageAdapter):
             width, level = self.id_adapter.widths
             zero = next(self.id_adapter.parameters()).new_zeros
             with torch.no_grad():
-                self.blank = self.identity(zero(1, width), [zero(1, _EVA_TOKENS, level)] * LEVELS)[
-                    0
-                ]
+                self.blank = self.identity(
+                    zero(1, width), [zero(1, VISION_TOKENS, level)] * LEVELS
+                )[0]
         return self.blank.to(embeds).expand_as(embeds)
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ._base import Layer, Method, NormCall, Rows, SelfCall
+from ._blocks import BlockCall, BlockMethod
 from ._cross import Adapter, CrossCall, CrossParts, EncoderMethod, ImagePrompt
 from ._facts import Facts
 from ._joint import ContextMethod, JointCall, JointMethod
@@ -14,6 +15,7 @@ from .diptych import FillDiptych
 from .instant_style import InstantStyle
 from .ip_adapter import IPAdapter
 from .mutual_attention import MutualAttention
+from .pulid_flux import PuLIDFLUX
 from .pulid_sdxl import PuLIDSDXL
 from .rb_modulation import RBModulation
 from .redux import Redux
@@ -43,6 +45,7 @@ _ALL = (
     StyleStudio,
     StyleStudioTeacher,
     PuLIDSDXL,
+    PuLIDFLUX,
     AlignedGen,
     Redux,
     FillDiptych,
@@ -56,6 +59,8 @@ __all__ = [
     "WEIGHT_TYPES",
     "Adapter",
     "AlignedGen",
+    "BlockCall",
+    "BlockMethod",
     "ContextMethod",
     "CrossCall",
     "CrossImageAttention",
@@ -73,6 +78,7 @@ __all__ = [
     "Method",
     "MutualAttention",
     "NormCall",
+    "PuLIDFLUX",
     "PuLIDSDXL",
     "RBModulation",
     "Redux",

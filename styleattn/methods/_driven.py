@@ -11,6 +11,7 @@ from torch import Tensor
 from styleattn.references import Layers, Reference, Steps
 
 from ._base import Layer, Number
+from ._blocks import BlockCall
 from ._cross import CrossCall, ImagePrompt
 from ._images import Images
 
@@ -86,7 +87,7 @@ class ImageDriven(Images):
         return adapter is not None and (names is None or layer.name in names)
 
 
-def weight_of(prompt: ImagePrompt, scale: Number, call: CrossCall) -> Number:
+def weight_of(prompt: ImagePrompt, scale: Number, call: CrossCall | BlockCall) -> Number:
     """The weight of an image's own branch: a number, or [B, N] with a mask."""
     weight = prompt.weight * scale
     if prompt.mask is None:

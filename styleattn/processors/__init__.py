@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from styleattn.backends import MODULES as BACKENDS
-from styleattn.methods import METHODS, EncoderMethod, JointMethod, Method
+from styleattn.methods import METHODS, BlockMethod, EncoderMethod, JointMethod, Method
 from styleattn.references import StyleBank
 
 from . import flux, unet
 from ._attention import CONTROLLER
-from ._caller import from_layout, unwrapped
+from ._caller import Caller, from_layout, unwrapped
 from ._controller import Controller
 from ._explain import Explanation, LayerReport, explanation
 
 HOSTS: tuple[Any, ...] = (unet, flux)
 """One module per host family: `matches`, `plan`, `COMPONENT`, `SUPPORTED`, `TAKES`."""
 
-KINDS = (Method, EncoderMethod, JointMethod)
+KINDS = (Method, EncoderMethod, JointMethod, BlockMethod)
 
 __all__ = ["Explanation", "Handle", "LayerReport", "apply", "explain", "paused", "remove"]
 
@@ -108,7 +108,7 @@ class Handle:
 
 def apply(
     pipe_or_model: Any,
-    *methods: Method | EncoderMethod | JointMethod,
+    *methods: Method | EncoderMethod | JointMethod | BlockMethod,
     bank: StyleBank | None = None,
     backend: str | None = None,
 ) -> Handle:
@@ -195,6 +195,29 @@ def paused(pipe_or_model: Any) -> Any:
     are none."""
     controller = _controller(_resolve(pipe_or_model)[0])
     return nullcontext() if controller is None else controller.paused()
+
+
+@contextmanager
+def differentiable(
+    pipe_or_model: Any, *, unconditional: bool, timesteps: Tensor | None
+) -> Iterator[None]:
+    """Within: calls of the denoiser with the rows of one chunk of guidance, whose gradients are
+    computed within too: blocks that are computed again for them (gradient checkpointing) see the
+    style as it was. Nothing to do where there are no styles.
+
+    Args:
+        unconditional: whether it is the unconditional chunk.
+        timesteps: [N] the run's noise levels; needed for schedules over steps.
+
+    Raises:
+        TypeError: a host that is not supported.
+    """
+    controller = _controller(_resolve(pipe_or_model)[0])
+    if controller is None:
+        yield
+        return
+    with controller.layout(Caller(1, 1, (unconditional,), timesteps)), controller.held():
+        yield
 
 
 def _controller(model: torch.nn.Module) -> Controller | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from styleattn.backends import PREFERENCE, reasons_against, resolve
 
@@ -54,6 +55,11 @@ def explanation(model: Any) -> Explanation:
         for key in part.attn_processors:
             name = key.removesuffix(".processor")
             rows.append(_attention_row(prefix + name, part.get_submodule(name), owner))
+    for _, place in getattr(controller, "places", ()):
+        weight, heads = place.part.to_q.weight, place.part.heads
+        backend, why = _backend_of(weight, heads, weight.shape[0] // heads, controller.backend)
+        title = controller.methods[place.entry.method].name
+        rows.append(LayerReport(place.layer.name, title, "block hook", backend, why))
     norms = {} if controller is None else controller.norms
     for norm_name, entry in norms.values():
         title = controller.methods[entry.method].name
@@ -95,8 +101,13 @@ def _backend(attn: Any, asked: str | None) -> tuple[str, str]:
             "parameters are offloaded or quantised" if asked is None else "asked for",
         )
     width = (attn.inner_dim if hasattr(attn, "inner_dim") else weight.shape[0]) // attn.heads
+    return _backend_of(weight, attn.heads, width, asked)
+
+
+def _backend_of(weight: Tensor, heads: int, width: int, asked: str | None) -> tuple[str, str]:
+    """The same for heads of a width, by the weights that make them."""
     dtype = weight.dtype if weight.element_size() > 1 else torch.float32
-    probe = torch.empty(1, attn.heads, 16, width, device=weight.device, dtype=dtype)
+    probe = torch.empty(1, heads, 16, width, device=weight.device, dtype=dtype)
     try:
         chosen = resolve("explain", probe, (), asked)
     except ValueError as error:

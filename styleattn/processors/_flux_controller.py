@@ -16,6 +16,7 @@ from torch import Tensor
 
 from styleattn.methods import Rows
 from styleattn.methods._base import Number, off
+from styleattn.methods._blocks import BlockMethod
 from styleattn.methods._images import Images
 from styleattn.methods._joint import ContextMethod, JointCall, JointMethod, PanelMethod, Tokens
 from styleattn.references import Reference
@@ -24,6 +25,7 @@ from . import _caller
 from ._caller import Caller
 from ._controller import Controller, Now
 from ._flux_attention import OURS, JointSite
+from ._flux_blocks import BlockPlace
 from ._flux_panels import PanelOrder, Panels
 from ._flux_places import Moved, share_of
 from ._prompts import Prompts
@@ -80,6 +82,7 @@ class FluxController(Controller):
         self.wanted = max((len(references[i]) for i in in_rows), default=0)
         self.control = any(self.methods[i].control_reference for i in in_rows)
         self._known_ids: tuple[Any, int, int] | None = None
+        self.places: list[tuple[torch.nn.Module, BlockPlace]] = []
         self.order = PanelOrder(self.methods)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,7 +92,8 @@ class FluxController(Controller):
 
     def in_rows(self, method: int) -> bool:
         """Whether the references of a method are rows of the batch."""
-        return not isinstance(self.methods[method], (ContextMethod, Images, PanelMethod))
+        others = (ContextMethod, Images, PanelMethod, BlockMethod)
+        return not isinstance(self.methods[method], others)
 
     def works(self, site: JointSite) -> bool:
         """Whether a method is at work on a layer; if not it is left as it was."""
@@ -179,6 +183,9 @@ class FluxController(Controller):
         references = caller.references or tuple(r * each for r in range(self.wanted))
         self._check_rows(references, self.wanted, batch)
         rows = Rows(1, batch, references, caller.unconditional)
+        if not torch.compiler.is_compiling():
+            for _, place in self.places:
+                place.ready(image.device, image.dtype)
         if references and not self.control:
             inputs = _without_control(inputs, references, batch)
         inputs = _images_of_prompts(inputs, batch, each)
@@ -208,6 +215,11 @@ class FluxController(Controller):
         )
         return (), inputs
 
+    def install(self, model: torch.nn.Module) -> None:
+        """Processors and hooks, those behind blocks too."""
+        super().install(model)
+        self._hooks += [b.register_forward_hook(p, with_kwargs=True) for b, p in self.places]
+
     def _schedule(self, timestep: Any, caller: Caller) -> Any:
         """Weights at this step; those that are neither 0 nor 1 as tensors, so that compiled blocks
         do not take them for constants."""
@@ -226,7 +238,7 @@ class FluxController(Controller):
         if caller is None and torch.compiler.is_compiling():
             pipe = None if self.pipe is None else self.pipe()
             caller = Caller(1, 1, (False,), None if pipe is None else pipe.scheduler.timesteps)
-            if any(self.contexts):
+            if any(self.contexts) or self.places:
                 raise RuntimeError(
                     "styleattn: within a compiled transformer it is unknown which of true CFG's two"
                     " calls runs; compile its blocks (compile_repeated_blocks), or call it within"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from styleattn.adapters import load_redux
 from styleattn.methods import Layer
+from styleattn.methods._blocks import BlockMethod
 from styleattn.methods._images import Images
 from styleattn.methods._joint import ContextMethod, JointMethod, PanelMethod
 from styleattn.references import Reference, StyleBank
@@ -21,6 +22,7 @@ from styleattn.references import Reference, StyleBank
 from ._attention import STATE
 from ._cross import Entry
 from ._flux_attention import OURS, REPLACEABLE, FluxStyleProcessor, JointSite
+from ._flux_blocks import block_places, with_identity
 from ._flux_controller import FluxController
 from ._flux_panels import check_panels
 from ._flux_prompts import flux_prompts_of
@@ -30,7 +32,7 @@ from ._prompts import Prompts
 
 SUPPORTED = "FluxTransformer2DModel (pipelines of FLUX.1)"
 COMPONENT = "transformer"
-TAKES = (JointMethod, Images)
+TAKES = (JointMethod, Images, BlockMethod)
 
 
 def matches(model: object) -> bool:
@@ -74,7 +76,10 @@ def plan(
         if isinstance(m, Images)
     }
     controller = FluxController(methods, references, contexts, backend, pipe, Prompts(prompts))
+    controller.places = block_places(controller, model)
     for i, method in enumerate(methods):
+        if isinstance(method, BlockMethod):
+            continue
         gates = layer_weights(method.layers, list(layers))
         weights = [layer_weights(r.layers, list(layers)) for r in references[i]]
         reaches = _reaches(method, prompts.get(i, ()), layers)
@@ -145,6 +150,8 @@ def _references(method: Any) -> tuple[Reference, ...]:
     own: tuple[Reference, ...] | None = method.references
     if isinstance(method, (Images, PanelMethod)):
         return own or ()
+    if isinstance(method, BlockMethod):
+        return with_identity(method)
     if isinstance(method, ContextMethod):
         if not own or any(r.embeds is None and r.image is None for r in own):
             raise ValueError(f"{method.name} needs references, each with a picture or embeds")

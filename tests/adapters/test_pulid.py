@@ -74,6 +74,8 @@ def test_pulid_is_the_formula(tmp_path: Path) -> None:
     zero = pulid.tokens(*pulid.negative(face, vision))
     assert zero.abs().min() > 0  # trap 19: no identity is not zero
     close(zero, identity(tensors, face * 0, [v * 0 for v in vision]))
+    nothing = torch.zeros(1, FACE), [torch.zeros(1, 577, VISION)] * 5
+    close(pulid.nobody(), identity(tensors, *nothing))
     assert pulid.places(3, 5) == {
         **{"transformer_blocks.0": 0, "transformer_blocks.2": 1},
         **{"single_transformer_blocks.0": 2, "single_transformer_blocks.4": 3},
@@ -85,8 +87,9 @@ def test_pulid_is_the_formula(tmp_path: Path) -> None:
         q = linear(norm(image, w, "norm2"), w, "to_q")
         expected = linear(attend(q, k, v, 2), w, "to_out")
         close(pulid.pulid_ca[i](tokens, image), expected)
-        out = F.scaled_dot_product_attention(pulid.query(i, image), *pulid.key_value(i, tokens))
-        close(pulid.out(i, out), expected)
+        part = pulid.attention(i)
+        out = F.scaled_dot_product_attention(part.query(image), *part.key_value(tokens))
+        close(part.out(out), expected)
 
 
 def test_bad_pulid_files_and_faces_are_refused(tmp_path: Path) -> None:
