@@ -2,6 +2,7 @@
 
 from .belm import belm_invert, belm_sample
 from .files import FileRefused
+from .flow_invert import flow_invert, flow_restore, flow_sample
 from .host import (
     HostUnsupported,
     Prompts,
@@ -30,6 +31,9 @@ __all__ = [
     "encode_picture",
     "encode_prompts",
     "fingerprint",
+    "flow_invert",
+    "flow_restore",
+    "flow_sample",
     "noised",
     "read_picture",
     "renoise_invert",

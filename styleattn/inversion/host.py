@@ -156,7 +156,8 @@ def read_picture(picture: Picture) -> Image.Image:
 
 
 def encode_picture(pipe: Any, picture: Picture, height: int, width: int) -> Tensor:
-    """The clean latents of a picture: the VAE's posterior mean in fp32, times its scaling factor.
+    """The clean latents of a picture: the VAE's posterior mean in fp32, shifted and scaled as the
+    denoiser takes it.
 
     The picture is cropped centrally to the wanted aspect and resized (Lanczos).
 
@@ -167,7 +168,7 @@ def encode_picture(pipe: Any, picture: Picture, height: int, width: int) -> Tens
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1.0).permute(2, 0, 1)[
         None
     ]
-    with _in_fp32(pipe.vae) as vae, torch.no_grad():
+    with in_fp32(pipe.vae) as vae, torch.no_grad():
         latents = vae.encode(pixels.to(device_of(pipe))).latent_dist.mean
     mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
     if mean is not None and std is not None:
@@ -175,11 +176,16 @@ def encode_picture(pipe: Any, picture: Picture, height: int, width: int) -> Tens
         latents = (latents - latents.new_tensor(mean).view(shape)) / latents.new_tensor(std).view(
             shape
         )
-    return (latents * vae.config.scaling_factor)[0].float().cpu()
+    return ((latents - shift_factor(vae)) * vae.config.scaling_factor)[0].float().cpu()
+
+
+def shift_factor(vae: Any) -> float:
+    """What is taken off the VAE's latents before they are scaled: 0 but for flow models."""
+    return float(getattr(vae.config, "shift_factor", None) or 0.0)
 
 
 @contextlib.contextmanager
-def _in_fp32(module: Any) -> Iterator[Any]:
+def in_fp32(module: Any) -> Iterator[Any]:
     """The module in fp32, and afterwards in the dtype that it came in."""
     dtype = module.dtype
     if dtype == torch.float32:
@@ -289,19 +295,23 @@ def fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
+def unscaled(vae: Any, latents: Tensor) -> Tensor:
+    """Latents [n, C, h, w] of the UNet as its VAE decodes them; differentiable."""
+    config = vae.config
+    latents = latents.float() / config.scaling_factor + shift_factor(vae)
+    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return latents
+    mean, std = (latents.new_tensor(x).view(1, -1, 1, 1) for x in (mean, std))
+    return latents * std + mean
+
+
 def decode_latents(pipe: Any, latents: Tensor) -> list[Image.Image]:
     """The pictures of clean latents [n, C, h, w], decoded one by one in fp32: the reverse of
     :func:`encode_picture`."""
-    config = pipe.vae.config
-    latents = latents.float() / config.scaling_factor
-    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
-    if mean is not None and std is not None:
-        shape = (1, -1, 1, 1)
-        latents = latents * latents.new_tensor(std).view(shape) + latents.new_tensor(mean).view(
-            shape
-        )
+    latents = unscaled(pipe.vae, latents)
     pictures = []
-    with _in_fp32(pipe.vae) as vae, torch.no_grad():
+    with in_fp32(pipe.vae) as vae, torch.no_grad():
         for row in latents.split(1):
             pixels = vae.decode(row.to(device_of(pipe)), return_dict=False)[0][0]
             scaled = ((pixels + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)

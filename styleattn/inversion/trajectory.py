@@ -14,27 +14,32 @@ from .files import FileRefused, load_tensors, save_tensors
 
 KIND = "styleattn.trajectory"
 VERSION = 1
-METHODS = ("ddim", "sample", "renoise", "belm", "noised")
+METHODS = (
+    *("ddim", "sample", "renoise", "belm", "noised"),
+    *("euler", "rf_solver", "rf_inversion"),
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """Latents from noise to data, at the scale that the UNet sees (x = √ᾱ·x0 + √(1-ᾱ)·ε, whatever
-    the scheduler).
+    """Latents from noise to data, at the scale that the denoiser sees: x = √ᾱ·x0 + √(1-ᾱ)·ε,
+    whatever the scheduler; of a flow model x = (1-s)·x0 + s·ε.
 
     Args:
         latents: [N + 1, C, h, w] fp32 on the CPU; ``latents[0]`` is z_T, ``latents[N]`` the clean
             z_0.
         timesteps: [N] int64, descending; ``latents[i]`` has the noise level of ``timesteps[i]``.
-        alphas: [N + 1] fp64, ᾱ of every latent.
+            Of a flow model fp64, 1000·s.
+        alphas: [N + 1] fp64, ᾱ of every latent; of a flow model 1-s.
         prompt: what the picture shows, as told to the model.
         guidance_scale: of classifier-free guidance along the trajectory.
         height, width: of the picture, in pixels.
         labels: "paper", "consistent" or "style_id"
-            (:func:`styleattn.inversion.ddim.inversion_plan`).
-        method: "ddim", "renoise" or "belm", inverted from a picture; "noised", a picture under
-            fresh noise of every level; or "sample", sampled from noise and recorded.
-        fingerprint: of the UNet that made it (:func:`styleattn.inversion.fingerprint`).
+            (:func:`styleattn.inversion.ddim.inversion_plan`); "flow" of a flow model.
+        method: "ddim", "renoise" or "belm", inverted from a picture, on a flow model "euler",
+            "rf_solver" or "rf_inversion"; "noised", a picture under fresh noise of every level; or
+            "sample", sampled from noise and recorded.
+        fingerprint: of the denoiser that made it (:func:`styleattn.inversion.fingerprint`).
         round_trip_error: ‖z_0' - z_0‖ / ‖z_0‖ after sampling back from z_T, where it was measured.
 
     Raises:
