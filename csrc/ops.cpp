@@ -241,7 +241,10 @@ std::string isas() {
 }  // namespace
 }  // namespace styleattn
 
-STABLE_TORCH_LIBRARY(STYLEATTN_OPS, m) {
+// One step more, so that the name is expanded: the macro of torch 2.10 takes its argument as it is written.
+#define STYLEATTN_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
+
+STYLEATTN_LIBRARY(STYLEATTN_OPS, m) {
   m.def(
       "attention(Tensor query, Tensor[] tensors, int[] spec, float[] numbers, float softmax_scale, str isa) "
       "-> (Tensor, Tensor, int)");
