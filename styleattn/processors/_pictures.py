@@ -31,6 +31,7 @@ from ._texts import text_embedding
 LOADERS: dict[str, Callable[..., Any]] = {
     "ip_adapter": load_ip_adapter,
     "instant_style": load_ip_adapter,
+    "instant_style_plus": load_ip_adapter,
     "rb_modulation": load_ip_adapter,
     "csgo": load_csgo,
     "style_studio": lambda path, layers, dtype: load_csgo(path, layers, dtype=dtype).style,
@@ -74,17 +75,34 @@ def adapter_of(
         return adapter
     if method.name not in LOADERS:
         raise ValueError(f"{method.name}: adapter must be an adapter, got the path {adapter!r}")
-    path = _file_in(Path(adapter), method.name)
-    facts = path.stat()
     layers, further = (
         tuple((name, *widths) for name, widths in (part or {}).items()) for part in (sizes, control)
     )
-    key = (method.name, path, facts.st_mtime_ns, facts.st_size, layers, further, dtype)
+    more = {"control_layers": further} if further else {}
+    return kept_adapter(
+        method,
+        (layers, further, dtype),
+        lambda path: LOADERS[method.name](path, layers, dtype=dtype, **more),
+    )
+
+
+def kept_adapter(method: Any, like: tuple[Any, ...], read: Callable[[Path], Any]) -> Any:
+    """What the adapter file of a method holds, read once as long as the method is there.
+
+    Args:
+        like: what else the result depends on.
+        read: what reads the file.
+
+    Raises:
+        FileNotFoundError, ValueError: as `adapter_of`.
+    """
+    path = _file_in(Path(method.adapter), method.name)
+    facts = path.stat()
+    key = (method.name, path, facts.st_mtime_ns, facts.st_size, *like)
     found = _adapters.get(key)
     if found is None:
-        more = {"control_layers": further} if further else {}
-        found = _adapters[key] = LOADERS[method.name](path, layers, dtype=dtype, **more)
-    object.__setattr__(method, "_read", found)  # as long as the method is there
+        found = _adapters[key] = read(path)
+    object.__setattr__(method, "_read", found)
     return found
 
 
