@@ -84,6 +84,7 @@ class Controller:
         self.maker = None if bank is None else RowMaker(bank, self.control)
         self.explicit: Caller | None = None
         self.resting = 0
+        self.holding = False
         self.warned = False
         self.now: Now | None = None
         self.stripping = 0
@@ -266,7 +267,9 @@ class Controller:
 
     def after(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         """Forward hook: the output without the bank's rows."""
-        chunks, self.stripping, self.now = self.stripping, 0, None
+        chunks, self.stripping = self.stripping, 0
+        if not self.holding:
+            self.now = None
         if self.maker is None or not chunks:
             return None
         return self.maker.strip(output, chunks)
@@ -371,6 +374,15 @@ class Controller:
             yield
         finally:
             self.resting -= 1
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within: a call is known beyond its end, for blocks that are computed again."""
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding, self.now = False, None
 
     @contextmanager
     def layout(self, caller: Caller) -> Iterator[None]:
