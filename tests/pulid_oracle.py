@@ -23,8 +23,9 @@ def read(tensors, index, identity, image):
     return mixed.transpose(1, 2).flatten(2) @ w["to_out.weight"].T
 
 
-def forward(model, tensors, people, inputs, residuals=(None, None)):
-    """FLUX with PuLID: `people` are (identity tokens [B, M, E], weight [B, N, 1] or number)."""
+def forward(model, tensors, people, inputs, residuals=(None, None), ends=None):
+    """FLUX with PuLID: `people` are (identity tokens [B, M, E], weight [B, N, 1] or number); the
+    image tokens behind the last block are appended to `ends`."""
     guidance = inputs.get("guidance")
     time, pooled = inputs["timestep"] * 1000, inputs["pooled_projections"]
     steps = (time,) if guidance is None else (time, guidance * 1000)
@@ -32,7 +33,9 @@ def forward(model, tensors, people, inputs, residuals=(None, None)):
     image = model.x_embedder(inputs["hidden_states"])
     text = model.context_embedder(inputs["encoder_hidden_states"])
     rotary = model.pos_embed(torch.cat([inputs["txt_ids"], inputs["img_ids"]]))
-    extra = inputs.get("joint_attention_kwargs") or {}
+    extra = dict(inputs.get("joint_attention_kwargs") or {})
+    if "ip_adapter_image_embeds" in extra:
+        extra["ip_hidden_states"] = model.encoder_hid_proj(extra.pop("ip_adapter_image_embeds"))
     ca = 0
     for kind, every in (("transformer_blocks", 2), ("single_transformer_blocks", 4)):
         blocks = getattr(model, kind)
@@ -53,6 +56,8 @@ def forward(model, tensors, people, inputs, residuals=(None, None)):
                 ca += 1
             if added is not None:
                 image = image + added[i // -(-len(blocks) // len(added))]
+    if ends is not None:
+        ends.append(image)
     return model.proj_out(model.norm_out(image, temb))
 
 

@@ -27,11 +27,14 @@ if TYPE_CHECKING:
     from ._flux_controller import FluxController, FluxNow
 
 KIND = "pulid-flux"
+PLACES = "_styleattn_places"
+_COMPUTES = ("should_compute", "gate_should_compute")
+"""What the states of diffusers' block caches call it that the blocks are computed."""
 
 
 @dataclass
 class BlockPlace:
-    """One method behind one block: the forward hook that is put there.
+    """One method behind one block.
 
     The attention's weights are copied to where the image tokens are, for as long as the method is
     applied, and the keys and values of the identities made once.
@@ -61,27 +64,26 @@ class BlockPlace:
         with torch.no_grad():
             self.pairs = tuple(self.part.key_value(t.to(device, dtype)) for t in self.tokens)
 
-    def __call__(self, block: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        """Forward hook of the block: its output with what the image tokens read."""
+    def read(self, hidden: Tensor) -> Tensor:
+        """The block's image tokens, of pictures in context too, with what the image read."""
         now = self.controller.now
-        if now is None or self.controller.resting or _answered(block, args, kwargs, output):
-            return None
-        text, hidden = output
+        if now is None or self.controller.resting:
+            return hidden
         image = hidden[:, : self.controller.runs()["image"]]
         if not torch.compiler.is_compiling():
             self.ready(image.device, image.dtype)
         prompts = self._prompts(now)  # type: ignore[arg-type]
         if not prompts:
-            return None
+            return hidden
         method = self.controller.methods[self.entry.method]
         numbers = self.controller.numbers_of(self.entry.method)
         query = self.part.query(image)
         branches = method.branches(BlockCall(self.layer, query, prompts, numbers))
-        read = attention(query, branches, backend=self.controller.backend)
-        assert isinstance(read, Tensor)
-        image = image + self.part.out(read)
+        out = attention(query, branches, backend=self.controller.backend)
+        assert isinstance(out, Tensor)
+        image = image + self.part.out(out)
         rest = hidden[:, image.shape[1] :]
-        return text, torch.cat([image, rest], 1) if rest.shape[1] else image
+        return torch.cat([image, rest], 1) if rest.shape[1] else image
 
     def _prompts(self, now: FluxNow) -> tuple[ImagePrompt, ...]:
         """The identities that are at work."""
@@ -99,20 +101,44 @@ class BlockPlace:
         return tuple(found)
 
 
+def hook(places: Sequence[tuple[torch.nn.Module, BlockPlace]]) -> list[Any]:
+    """Let the image tokens read behind blocks; the handles of the hooks."""
+    for block, place in places:
+        block.__dict__.setdefault(PLACES, []).append(place)
+    blocks = dict.fromkeys(block for block, _ in places)
+    return [block.register_forward_hook(_behind, with_kwargs=True) for block in blocks]
+
+
+def unhook(places: Sequence[tuple[torch.nn.Module, BlockPlace]]) -> None:
+    """Forget them; the handles are the caller's to remove."""
+    for block, _ in places:
+        block.__dict__.pop(PLACES, None)
+
+
+def _behind(block: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    """Forward hook of a block: one function for all, so that compiled blocks share a graph."""
+    if _answered(block, args, kwargs, output):
+        return None
+    text, hidden = output
+    for place in block._styleattn_places:
+        hidden = place.read(hidden)
+    return text, hidden
+
+
 def _rows(reference: Reference, now: FluxNow, prompts: int) -> list[int]:
     """For every row of the call, the row of the identity's tokens: nobody's in the unconditional
-    call, else the one of its prompt; -1 for prompts that do not see it.
+    call, else the one of its prompt; -1 for prompts that do not see it and a bank's references.
 
     Raises:
         ValueError: identities of another number of prompts.
     """
-    count, each = now.rows.count, now.each
+    count, each = now.rows.count - now.added, now.each
     if prompts > 1 and prompts * each != count:
         raise ValueError(
             f"pulid_flux: identities of {prompts} prompts for {count // each} prompts; give one"
             " identity, or one per prompt"
         )
-    found = []
+    found = [-1] * now.added
     for row in range(count):
         prompt = row // each
         seen = 0 if now.rows.unconditional[0] else 1 + (prompt if prompts > 1 else 0)
@@ -129,7 +155,10 @@ def _answered(block: Any, args: Any, kwargs: Any, output: Any) -> bool:
     registry = getattr(block, "_diffusers_hook", None)
     for hook in () if registry is None else registry.hooks.values():
         manager = getattr(hook, "state_manager", None)
-        if manager is not None and getattr(manager.get_state(), "should_compute", True) is False:
+        if getattr(manager, "_context", None) is None:
+            continue
+        state = manager.get_state()
+        if any(getattr(state, name, True) is False for name in _COMPUTES):
             return True
     given = kwargs.get("hidden_states", args[0] if args else None)
     return output[1] is given

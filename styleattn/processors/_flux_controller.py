@@ -25,7 +25,7 @@ from . import _caller
 from ._caller import Caller
 from ._controller import Controller, Now
 from ._flux_attention import OURS, JointSite
-from ._flux_blocks import BlockPlace
+from ._flux_blocks import BlockPlace, hook, unhook
 from ._flux_panels import PanelOrder, Panels
 from ._flux_places import Moved, share_of
 from ._prompts import Prompts
@@ -218,7 +218,12 @@ class FluxController(Controller):
     def install(self, model: torch.nn.Module) -> None:
         """Processors and hooks, those behind blocks too."""
         super().install(model)
-        self._hooks += [b.register_forward_hook(p, with_kwargs=True) for b, p in self.places]
+        self._hooks += hook(self.places)
+
+    def uninstall(self, model: torch.nn.Module) -> None:
+        """Nothing of it is left."""
+        super().uninstall(model)
+        unhook(self.places)
 
     def _schedule(self, timestep: Any, caller: Caller) -> Any:
         """Weights at this step; those that are neither 0 nor 1 as tensors, so that compiled blocks
