@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,11 +27,15 @@ app = typer.Typer(
 bank_app = typer.Typer(no_args_is_help=True, help="References made ready once.")
 app.add_typer(bank_app, name="bank")
 
-Model = Annotated[str, typer.Option(help="tiny-sdxl, or a directory written by save_pretrained.")]
+Model = Annotated[
+    str, typer.Option(help="tiny-sdxl, or a directory of save_pretrained: SD 1, 2, XL, FLUX.1.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")]
 Variant = Annotated[str | None, typer.Option(help="Of the weight files, such as fp16.")]
-Scheduler = Annotated[str, typer.Option(help="ddim, or pipeline to keep the model's own.")]
+Scheduler = Annotated[
+    str | None, typer.Option(help="ddim, or pipeline: the model's own, as always on FLUX.")
+]
 Method = Annotated[str, typer.Option(help="See `styleattn methods`.")]
 Knobs = Annotated[list[str] | None, typer.Option("--set", help="knob=value of the method; repeat.")]
 References = Annotated[
@@ -47,6 +51,8 @@ ContentPrompts = Annotated[
     list[str] | None, typer.Option(help="What the content shows; one for each, or one for all.")
 ]
 Weights = Annotated[list[float] | None, typer.Option(help="Of the reference; one for each.")]
+Adapter = Annotated[str | None, typer.Option(help="Of the method: a file or folder.")]
+ImageEncoder = Annotated[str | None, typer.Option(help="Its folder; the model's own if not given.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Size = Annotated[int | None, typer.Option(help="Pixels; the model's own size if not given.")]
 
@@ -125,14 +131,6 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
-def _load(options: Mapping[str, Any]) -> Any:
-    from styleattn.pipelines import hushed, load_model
-
-    names = ("device", "dtype", "variant", "scheduler", "offload")
-    with hushed():
-        return load_model(options["model"], **{name: options[name] for name in names})
-
-
 @app.command()
 def stylize(
     model: Annotated[str | None, typer.Option(help="tiny-sdxl (default), or a directory.")] = None,
@@ -145,14 +143,23 @@ def stylize(
     prompts: Annotated[str | None, typer.Option(help="A text file, one prompt a line.")] = None,
     out: Annotated[str | None, typer.Option(help="The folder that is written.")] = None,
     bank: Annotated[str | None, typer.Option(help="A bank, in place of --reference.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Of the method: a file or folder.")] = None,
-    image_encoder: Annotated[
-        str | None, typer.Option(help="Its folder; the model's own if not given.")
+    adapter: Adapter = None,
+    image_encoder: ImageEncoder = None,
+    controlnet: Annotated[
+        str | None, typer.Option(help="Its folder: csgo and instant_style_plus, tile.")
+    ] = None,
+    control_scale: Annotated[float | None, typer.Option(help="Of the ControlNet.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:weight; repeat.")] = None,
+    textual_inversion: Annotated[
+        list[str] | None, typer.Option(help="FILE:word, a word for prompts; repeat.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Picture i is drawn from seed + i.")] = None,
     steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
+    true_guidance: Annotated[
+        float | None, typer.Option(help="FLUX: by a second call, above 1.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pictures at a time.")] = None,
     score_shift: Annotated[float | None, typer.Option(help="More style above 0; log 2.")] = None,
     score_scale: Annotated[float | None, typer.Option(help="0.5 for famous references.")] = None,
@@ -174,64 +181,21 @@ def stylize(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16.")] = None,
     variant: Variant = None,
-    scheduler: Annotated[str | None, typer.Option(help="ddim, or pipeline: the model's.")] = None,
+    scheduler: Scheduler = None,
     offload: Annotated[bool | None, typer.Option(help="Keep only what computes there.")] = None,
 ) -> None:
     """Make a picture per prompt, or of every content picture, in the style of a reference."""
     given = {name: value for name, value in locals().items() if name not in ("config", "set_")}
+    from styleattn.pipelines import run_stylize
     from styleattn.pipelines.settings import Refused, merged
 
     started = time.perf_counter()
     options = merged(given, config)
     if options["out"] is None:
         raise Refused("--out is missing")
-    _run_stylize(options, set_ or [], started)
-
-
-def _run_stylize(options: Mapping[str, Any], knobs: Sequence[str], started: float) -> None:
-    from styleattn.pipelines import Inversion, Job, Sampling, run_folder
-    from styleattn.pipelines.settings import pictures_of, prompts_of, styled_method
-    from styleattn.references import StyleBank
-
-    method = styled_method(options, knobs)
-    sources, contents = pictures_of(options)
-    bank = None if options["bank"] is None else StyleBank.load(options["bank"])
-    job = Job(
-        prompts=prompts_of(options, len(contents)),
-        method=method,
-        sampling=Sampling(
-            options["steps"],
-            float(options["guidance"]),
-            options["negative_prompt"],
-            options["height"],
-            options["width"],
-        ),
-        inversion=Inversion(
-            float(options["inversion_guidance"]),
-            options["labels"],
-            options["offset"],
-            options["inversion"],
-        ),
-        seed=options["seed"],
-        batch_size=options["batch_size"],
-        backend=options["backend"],
-        model=options["model"],
-    )
-    pipe = _load(options)
     with _progress() as report:
-        manifest = run_folder(
-            pipe,
-            job,
-            Path(options["out"]),
-            sources=sources,
-            contents=contents,
-            bank=bank,
-            progress=report,
-            started=started,
-        )
-    made = sum(not picture["found"] for picture in manifest["pictures"])
-    seconds = manifest["seconds"]["all"]
-    print(f"{made} of {len(job.prompts)} pictures made in {seconds:.1f} s: {options['out']}")
+        made = run_stylize(options, set_ or [], progress=report, started=started)
+    print(made)
 
 
 @app.command()
@@ -254,19 +218,20 @@ def demo(
 def methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """List the methods: what each is, what it needs, and its knobs."""
     from styleattn.methods import METHODS
-    from styleattn.pipelines.recipes import RECIPES
+    from styleattn.pipelines.recipes import FLUX_RECIPES, RECIPES
 
+    drawn = {*RECIPES, *FLUX_RECIPES}
     knobs = {name: cls().to_dict() for name, cls in METHODS.items()}
     facts = {name: cls.facts.to_dict() for name, cls in METHODS.items()}
     if as_json:
-        both = {n: {**knobs[n], "facts": {**facts[n], "stylize": n in RECIPES}} for n in METHODS}
+        both = {n: {**knobs[n], "facts": {**facts[n], "stylize": n in drawn}} for n in METHODS}
         print(json.dumps(both, indent=2))
         return
     for name, cls in METHODS.items():
         print(f"{name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
         for fact, text in facts[name].items():
             print(f"    {fact}: {text}")
-        print(f"    command line: {'stylize' if name in RECIPES else 'explain'}")
+        print(f"    command line: {'stylize' if name in drawn else 'explain'}")
         for knob, value in knobs[name].items():
             if knob != "method":
                 print(f"    --set {knob}={json.dumps(value)}")
@@ -277,17 +242,25 @@ def explain(
     model: Model = "tiny-sdxl",
     method: Method = "style_aligned",
     set_: Knobs = None,
+    reference: References = None,
+    adapter: Adapter = None,
+    image_encoder: ImageEncoder = None,
     backend: Annotated[str | None, typer.Option(help="Of the attention.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     variant: Variant = None,
 ) -> None:
     """Show, layer by layer, what a method does to a model, on which backend, and why."""
+    from styleattn.inversion import read_picture
     from styleattn.pipelines import hushed, load_model
     from styleattn.pipelines.settings import make_method
     from styleattn.processors import apply
+    from styleattn.references import Reference
 
-    chosen = make_method(method, set_ or [])
+    given: dict[str, Any] = {"adapter": adapter, "image_encoder": image_encoder}
+    if reference:
+        given["references"] = tuple(Reference(image=read_picture(r)) for r in reference)
+    chosen = make_method(method, set_ or [], {k: v for k, v in given.items() if v is not None})
     with hushed():
         pipe = load_model(model, device=device, dtype=dtype, variant=variant)
     with apply(pipe, chosen, backend=backend) as handle:
@@ -295,11 +268,14 @@ def explain(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> int:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    model: Annotated[str | None, typer.Option(help="Also load this directory.")] = None,
+) -> int:
     """Say what can run here and what keeps the rest from it; exit code 1 if something is broken."""
     from styleattn.pipelines.doctor import examine
 
-    checks = examine()
+    checks = examine(model)
     if as_json:
         print(json.dumps([check._asdict() for check in checks], indent=2))
     else:
@@ -339,7 +315,7 @@ def bank_build(
     device: Device = "auto",
     dtype: Dtype = "auto",
     variant: Variant = None,
-    scheduler: Scheduler = "ddim",
+    scheduler: Scheduler = None,
 ) -> None:
     """Invert a picture once, for `stylize --bank`; an interrupted build goes on where it
     stopped."""

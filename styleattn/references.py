@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Layers = str | Sequence[str] | Mapping[str, Any]
-"""Which layers: "all", "style", "layout", patterns of names, or diffusers' scale dictionary."""
+Layers = str | Sequence[str] | Sequence[float] | Mapping[str, Any]
+"""Which layers: "all", "style", "layout", patterns of names, diffusers' scale dictionary, or on FLUX
+a weight for every block."""
 
 Steps = Sequence[float]
 """When: (start, end) as fractions of the run, or a curve of at least three weights over it."""

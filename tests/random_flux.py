@@ -213,11 +213,11 @@ def ip_adapter(transformer: Any, seed: int = 0) -> Any:
     return {"image_proj": projection, "ip_adapter": layers}
 
 
-def load_ip_adapter(pipe: Any) -> None:
+def load_ip_adapter(pipe: Any, seeds: tuple[int, ...] = (0,)) -> None:
     pipe.load_ip_adapter(
-        ip_adapter(pipe.transformer),
-        subfolder="",
-        weight_name="",
+        [ip_adapter(pipe.transformer, seed) for seed in seeds],
+        subfolder=[""] * len(seeds),
+        weight_name=[""] * len(seeds),
         image_encoder_pretrained_model_name_or_path=None,
     )
 

@@ -25,9 +25,15 @@ class InstantStyle(Images):
     is in CLIP's space of images and texts, without normalisation; unconditional rows keep the
     adapter's own "no image".
 
+    On FLUX.1 nobody has measured which blocks keep style and which layout; there `blocks` says what
+    every block gets.
+
     Args:
         style: s in the layers of style.
         layout: s in the layers of layout.
+        blocks: s of other layers, in place of style and layout: a pattern, several, a dictionary of
+            patterns to weights ({"transformer_blocks.3": 1.0}), or, on FLUX.1, one weight for every
+            double block or for every block.
         adapter: an IP-Adapter (`styleattn.adapters`), its file, or a folder with one such file.
             None: the adapters and images of the pipeline's call; style and layout multiply their
             scales.
@@ -57,6 +63,7 @@ class InstantStyle(Images):
     references: tuple[Reference, ...] | None = None
     image_encoder: Any = None
     text_encoder: Any = None
+    blocks: Layers | None = None
 
     name: ClassVar[str] = "instant_style"
     NUMBERS: ClassVar[tuple[str, ...]] = ()
@@ -66,13 +73,15 @@ class InstantStyle(Images):
         route="encoder",
         needs="prompts, a picture, IP-Adapter weights, a CLIP image encoder",
         weights="those of IP-Adapter: h94/IP-Adapter, Apache-2.0",
-        hosts="SD 1.x, SDXL",
+        hosts="SD 1.x, SDXL, FLUX.1",
     )
 
     def __post_init__(self) -> None:
         reasons = self._check("style", "layout", "negative_content_scale")
         if not reasons and min(self.style, self.layout) < 0:
             reasons.append(f"style and layout must be >= 0, got {self.style}, {self.layout}")
+        if self.blocks is not None and (self.style, self.layout) != (1.0, 0.0):
+            reasons.append("blocks stand in place of style and layout; give one or the other")
         content = self.negative_content
         if content is not None and self.adapter is None:
             reasons.append("negative_content needs an adapter of its own")
@@ -84,7 +93,9 @@ class InstantStyle(Images):
 
     @property
     def layers(self) -> Layers:
-        """The weights of the presets."""
+        """The weights of the presets, or of the blocks."""
+        if self.blocks is not None:
+            return self.blocks
         return {"style": float(self.style), "layout": float(self.layout)}
 
     def to_dict(self) -> dict[str, Any]:

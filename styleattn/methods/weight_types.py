@@ -85,6 +85,8 @@ def weight_type(name: str, layers: Sequence[str]) -> dict[str, float]:
     places = {layer: _place(layer) for layer in layers}
     modules = sorted({place for place in places.values() if place is not None})
     total = len(modules)
+    if not modules:
+        raise ValueError(f"layers={name!r} is a weight type of UNets; this model is none")
     if name in _CURVES:
         curve = _CURVES[name]
         weights = {m: curve(t, total, m) for t, m in enumerate(modules)}

@@ -12,7 +12,8 @@ from styleattn.inversion import round_trip_error
 from styleattn.inversion.host import Picture
 from styleattn.references import StyleBank
 
-from .style_aligned import TRANSFER, Inversion, Sampling, make_bank, make_trajectory
+from .sampling import Sampling
+from .style_aligned import TRANSFER, Inversion, make_bank, make_trajectory
 
 
 def build_bank_file(

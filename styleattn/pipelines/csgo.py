@@ -14,7 +14,8 @@ from styleattn.methods import CSGO
 from styleattn.processors import apply
 from styleattn.references import Reference
 
-from .style_aligned import Sampling, generate
+from .drawing import Drawing
+from .sampling import Sampling, generate
 
 MODES = {"image": 0.6, "edit": 0.4, "text": 0.01}
 """How strongly the ControlNet speaks: the content as it is, the content under another prompt, and a
@@ -35,6 +36,7 @@ def csgo_pictures(
     content: Reference | Picture | None = None,
     mode: str | None = None,
     controlnet_conditioning_scale: float | None = None,
+    backend: str | None = None,
     callback: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
     """Pictures with the content of a picture or a text, and the style of a picture.
@@ -51,6 +53,7 @@ def csgo_pictures(
             pipeline's own, both multiples of 16.
         mode: "image", "edit" or "text"; None is "image" with content and "text" without.
         controlnet_conditioning_scale: None is the mode's own, of `MODES`.
+        backend: of the attention.
         callback: called with (steps done, steps).
 
     Raises:
@@ -82,7 +85,7 @@ def csgo_pictures(
         strength = controlnet_conditioning_scale
         arguments["image"] = [picture] * len(prompts)
         arguments["controlnet_conditioning_scale"] = MODES[mode] if strength is None else strength
-    with apply(pipe, replace(method, references=references)):
+    with apply(pipe, replace(method, references=references), backend=backend):
         return generate(
             pipe,
             prompts,
@@ -93,11 +96,30 @@ def csgo_pictures(
         )
 
 
-def fitted(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """A size of the same shape whose longer side is `longest`, both rounded down to multiples of
-    16."""
+def draw(drawing: Drawing) -> list[Image.Image]:
+    """A batch of `csgo_pictures` where the pipeline has a ControlNet; without one the pictures that
+    the prompts alone give shape."""
+    if getattr(drawing.pipe, "controlnet", None) is None:
+        return drawing.generate()
+    *contents, style = drawing.method.references
+    return csgo_pictures(
+        drawing.pipe,
+        drawing.method,
+        style,
+        drawing.prompts,
+        drawing.seeds,
+        drawing.sampling,
+        content=contents[0] if contents else None,
+        controlnet_conditioning_scale=drawing.control_scale,
+        backend=drawing.backend,
+        callback=drawing.callback,
+    )
+
+
+def fitted(size: tuple[int, int], longest: int, multiple: int = _STEP) -> tuple[int, int]:
+    """A size of the same shape whose longer side is `longest`, both rounded down to multiples."""
     scale = longest / max(size)
-    width, height = (max(_STEP, int(s * scale) // _STEP * _STEP) for s in size)
+    width, height = (max(multiple, int(s * scale) // multiple * multiple) for s in size)
     return width, height
 
 

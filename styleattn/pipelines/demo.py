@@ -13,9 +13,10 @@ from PIL import Image
 from styleattn.inversion.files import write_atomic, write_json
 
 from .models import TINY, hushed, load_model, versions
+from .sampling import Sampling, generate
 from .settings import merged, styled_method
 from .sheet import Cell, contact_sheet
-from .style_aligned import Inversion, Sampling, generate, make_trajectory, transfer
+from .style_aligned import Inversion, make_trajectory, transfer
 
 SHEET, FACTS = "demo.png", "demo.json"
 _REFERENCES = 3

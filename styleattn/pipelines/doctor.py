@@ -26,10 +26,15 @@ class Check(NamedTuple):
     text: str
 
 
-def examine() -> list[Check]:
-    """Every check; none of them raises."""
+def examine(model: str | None = None) -> list[Check]:
+    """Every check; none of them raises.
+
+    Args:
+        model: a directory that ``save_pretrained`` wrote, to be loaded as well.
+    """
     checks = [Check("python", "ok", f"{platform.python_version()} on {platform.platform()}")]
-    for name, examiner in _EXAMINERS:
+    further = () if model is None else ((f"model {model}", lambda: _model(model)),)
+    for name, examiner in (*_EXAMINERS, *further):
         try:
             checks += examiner()
         except Exception as error:  # a broken installation is what this command is for
@@ -106,12 +111,27 @@ def _operation() -> list[Check]:
 def _embedded() -> list[Check]:
     if not importlib.util.find_spec("diffusers"):
         return [Check("tiny-sdxl", "absent", "needs diffusers: pip install 'styleattn[diffusers]'")]
+    return [_loaded("tiny-sdxl", "tiny-sdxl")]
+
+
+def _model(model: str) -> list[Check]:
+    return [_loaded(f"model {model}", model)]
+
+
+def _loaded(name: str, model: str) -> Check:
+    """Load a model and say what it is and which methods have a recipe for it."""
+    from .hosts import denoiser, host_of
     from .models import hushed, load_model
+    from .recipes import recipes_on
 
     with hushed():
-        pipe = load_model("tiny-sdxl", device="cpu")
-    count = sum(p.numel() for p in pipe.unet.parameters())
-    return [Check("tiny-sdxl", "ok", f"loads; a UNet of {count / 1e6:.1f} million parameters")]
+        pipe = load_model(model, device="cpu")
+    network = denoiser(pipe)
+    count = sum(p.numel() for p in network.parameters())
+    kind = "UNet" if host_of(pipe) == "unet" else "FLUX transformer"
+    methods = ", ".join(recipes_on(host_of(pipe)))
+    text = f"loads; a {kind} of {count / 1e6:.1f} million parameters; stylize has {methods}"
+    return Check(name, "ok", text)
 
 
 def _disk() -> list[Check]:

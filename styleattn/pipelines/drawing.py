@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,12 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from styleattn.inversion import Trajectory
+from styleattn.inversion.host import Picture
 from styleattn.processors import apply
 from styleattn.processors.bank import input_scale
-from styleattn.references import StyleBank
+from styleattn.references import Reference, StyleBank
 
+from .sampling import Sampling, generate
 from .sources import Source
-from .style_aligned import Sampling, generate
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Drawing:
             such pictures.
         sources: the style pictures as they were given: picture, prompt and weight.
         prompts, seeds: one for each picture.
+        picture: the content picture as it was given.
+        control_scale: of the pipeline's ControlNet; None for the recipe's own.
+        seed: of the job; reference i that is made from a prompt is drawn from ``seed + i``.
         callback: called with (steps done, steps).
     """
 
@@ -45,6 +49,9 @@ class Drawing:
     prompts: Sequence[str]
     seeds: Sequence[int]
     sources: Sequence[Source] = ()
+    picture: Picture | None = None
+    control_scale: float | None = None
+    seed: int = 0
     callback: Callable[[int, int], None] | None = None
 
     def generate(self, *methods: Any, **arguments: Any) -> list[Image.Image]:
@@ -75,6 +82,23 @@ def draw(drawing: Drawing) -> list[Image.Image]:
     if drawing.content is None:
         return drawing.generate()
     return drawing.generate(latents=drawing.start(drawing.content.latents[0]))
+
+
+def beside(drawing: Drawing) -> list[Image.Image]:
+    """Pictures next to references that are made from their prompts, as the first rows of the batch;
+    with a bank as `draw`."""
+    if drawing.bank is not None:
+        return draw(drawing)
+    method, sources = drawing.method, drawing.sources
+    if method.references is None:
+        method = replace(method, references=tuple(Reference(weight=s.weight) for s in sources))
+    seeds = [drawing.seed + i for i in range(len(sources))]
+    whole = replace(
+        drawing,
+        prompts=[*(s.prompt for s in sources), *drawing.prompts],
+        seeds=[*seeds, *drawing.seeds],
+    )
+    return whole.generate(method)[len(sources) :]
 
 
 def adain(x: Tensor, style: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ from PIL import Image, PngImagePlugin
 from styleattn.backends import Unsupported, backends
 from styleattn.inversion.files import write_atomic, write_json
 from styleattn.inversion.host import device_of, fingerprint, read_picture
-from styleattn.inversion.invert import check_run
 from styleattn.processors import apply
 from styleattn.references import StyleBank
 
 from .drawing import Drawing
+from .hosts import check_sampling, denoiser, host_of
 from .models import device_name, versions
+from .sampling import batches
 from .sheet import Cell, contact_sheet
 from .sources import FORMAT, Job, Ready, Source, Workshop, bank_key, digest, shown, style_latents
-from .style_aligned import batches
 
 MANIFEST, SHEET = "manifest.json", "contact_sheet.png"
 _CHUNK = "styleattn"  # of the PNG: which settings made it
@@ -80,20 +80,20 @@ def run_folder(
         HostUnsupported, ValueError: inputs without meaning.
     """
     began = time.perf_counter() if started is None else started
+    job = shown(replace(job, host=host_of(pipe)), sources)
     together = 1 if job.recipe.single or len(contents) > 1 else job.batch_size
     runs = batches(len(job.prompts), min(together, job.batch_size))
-    job = shown(job, sources)
     _check(pipe, job, sources, contents, bank)
     out.mkdir(parents=True, exist_ok=True)
     folder = _Folder(pipe, job, out, progress)
-    device = device_of(pipe)
+    device, model = device_of(pipe), denoiser(pipe)
     folder.manifest = {
         "format": FORMAT,
         "complete": False,
         "settings": job.settings(),
         "scheduler": _scheduler(pipe),
-        "unet": fingerprint(pipe.unet),
-        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "denoiser": fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "device": {"type": device.type, "name": device_name(device)},
         "versions": versions(),
         "reference": None,
@@ -159,6 +159,12 @@ def _check(
     if recipe.content != bool(contents):
         needs = "needs a content picture" if recipe.content else "takes no content picture"
         raise ValueError(f"{name} {needs} (--content)")
+    if recipe.most and len(sources) > recipe.most:
+        raise ValueError(f"{name} takes {recipe.most} reference pictures, got {len(sources)}")
+    if job.control_scale is not None and getattr(pipe, "controlnet", None) is None:
+        raise ValueError("a control scale needs a ControlNet (--controlnet)")
+    if recipe.beside and (bank is not None or any(s.picture is not None for s in sources)):
+        raise ValueError(f"{name} on FLUX takes references that are prompts (--reference-prompt)")
     if len(contents) not in (0, 1, len(job.prompts)):
         raise ValueError(
             f"{len(contents)} content pictures need as many prompts, got {len(job.prompts)}"
@@ -168,7 +174,7 @@ def _check(
     if not 0 <= job.seed < 2**63 - len(job.prompts):
         raise ValueError(f"seed must lie in 0..{2**63 - len(job.prompts) - 1}, got {job.seed}")
     offset, steps = job.inversion.offset, job.sampling.num_inference_steps
-    check_run(pipe, steps, job.sampling.height, job.sampling.width)
+    check_sampling(pipe, job.sampling)
     if offset is not None and not 0 <= offset < steps:
         raise ValueError(f"offset must lie in 0..{steps - 1}, got {offset}")
     apply(pipe, job.method, backend=job.backend).remove()
@@ -183,7 +189,7 @@ def _key(folder: _Folder, ready: Ready, index: int) -> str:
     settings["seed"] = folder.job.seed + index
     for name in ("batch_size", "model"):
         settings.pop(name)
-    fixed = {name: folder.manifest[name] for name in ("scheduler", "unet", "dtype", "versions")}
+    fixed = {name: folder.manifest[name] for name in ("scheduler", "denoiser", "dtype", "versions")}
     facts = {
         **fixed,
         "format": FORMAT,
@@ -256,6 +262,9 @@ def _generate(
         content=ready.content(first),
         style=style_latents(ready.bank),
         sources=ready.sources,
+        picture=ready.picture(first),
+        control_scale=job.control_scale,
+        seed=job.seed,
         prompts=[job.prompts[i] for i in run],
         seeds=[job.seed + i for i in run],
         callback=report,

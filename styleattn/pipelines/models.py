@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import inspect
+import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from styleattn.inversion.host import check_host
+from .additions import Lora, Word, add_loras, add_words
+from .hosts import host_of
 
 TINY = "tiny-sdxl"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -40,14 +43,16 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is float32 on the CPU and float16 elsewhere.
+def choose_dtype(name: str, device: torch.device, host: str = "unet") -> torch.dtype:
+    """The dtype of that name; "auto" is float32 on the CPU and elsewhere float16, on FLUX, which
+    leaves the range of float16, bfloat16.
 
     Raises:
         ModelRefused: an unknown name.
     """
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.float16
+        small = torch.bfloat16 if host == "flux" else torch.float16
+        return torch.float32 if device.type == "cpu" else small
     if name not in DTYPES:
         raise ModelRefused(f"unknown dtype {name!r}: expected auto, {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -59,37 +64,49 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     variant: str | None = None,
-    scheduler: str = "ddim",
+    scheduler: str | None = None,
     offload: bool = False,
+    loras: Sequence[Lora] = (),
+    words: Sequence[Word] = (),
+    controlnet: str | None = None,
 ) -> Any:
-    """A Stable Diffusion 1, 2 or XL pipeline, on its device, in its dtype; nothing is ever
-    downloaded.
+    """A Stable Diffusion 1, 2 or XL or FLUX.1 pipeline, on its device, in its dtype; nothing is
+    ever downloaded.
 
     Args:
         model: "tiny-sdxl", the embedded model, or a directory that ``save_pretrained`` wrote.
         device, dtype: names, or "auto" (:func:`choose_device`, :func:`choose_dtype`).
         variant: of the weight files, for example "fp16".
         scheduler: "ddim" replaces a scheduler of another kind by DDIM with the paper's settings;
-            "pipeline" keeps it.
+            "pipeline" keeps it. None is "ddim", on FLUX "pipeline".
         offload: keep on the device only the part that is computing (needs accelerate).
+        loras, words: LoRAs and textual inversions that are added.
+        controlnet: the folder of a ControlNet, for a pipeline that has none.
 
     Raises:
         ModelRefused: no such directory, missing or truncated files, a pipeline of another family,
             no such device.
+        AdditionRefused, FileNotFoundError: a LoRA or textual inversion that cannot be added.
     """
-    if scheduler not in SCHEDULERS:
+    if scheduler not in (None, *SCHEDULERS):
         raise ModelRefused(f"unknown scheduler {scheduler!r}: expected one of {SCHEDULERS}")
     place = choose_device(device)
-    number = choose_dtype(dtype, place)
+    number = choose_dtype(dtype, place, family_of(model)["host"])
     try:
         pipe = _tiny() if model == TINY else _directory(model, number, variant)
-        check_host(pipe, "load_model")
+        host = host_of(pipe)
     except TypeError as error:
         raise ModelRefused(str(error)) from error
-    if scheduler == "ddim":
+    if host == "flux" and scheduler == "ddim":
+        raise ModelRefused("DDIM is no scheduler of FLUX: its noise runs along straight lines")
+    if host == "unet" and scheduler != "pipeline":
         use_ddim(pipe)
+    if controlnet is not None:
+        pipe = _with_controlnet(pipe, controlnet, number)
+    add_loras(pipe, loras)
+    add_words(pipe, words)
     parts = (part for part in pipe.components.values() if isinstance(part, torch.nn.Module))
-    if any(part.dtype != number for part in parts):
+    if loras or any(part.dtype != number for part in parts):
         pipe.to(dtype=number)
     if offload and place.type != "cpu":
         pipe.enable_model_cpu_offload(device=place)
@@ -98,6 +115,20 @@ def load_model(
     if hasattr(pipe.vae, "enable_slicing"):
         pipe.vae.enable_slicing()  # decode pictures one by one
     return pipe
+
+
+def family_of(model: str) -> dict[str, Any]:
+    """What the files of a model say before it is loaded: ``host``, "unet" or "flux", and whether a
+    FLUX is ``guided`` by an embedded scale (schnell is not). What cannot be read is a guided
+    "unet": `load_model` says what is wrong with it."""
+    try:
+        parts = json.loads((Path(model) / "model_index.json").read_text(encoding="utf-8"))
+        if "FluxTransformer2DModel" not in (parts.get("transformer") or ()):
+            return {"host": "unet", "guided": True}
+        config = json.loads((Path(model) / "transformer" / "config.json").read_text("utf-8"))
+        return {"host": "flux", "guided": bool(config.get("guidance_embeds", False))}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {"host": "unet", "guided": True}
 
 
 def use_ddim(pipe: Any) -> None:
@@ -146,6 +177,29 @@ def _directory(model: str, dtype: torch.dtype, variant: str | None) -> Any:
         )
     except Exception as error:  # whatever three libraries raise
         raise ModelRefused(f"cannot load model {model}: {_first_line(error)}") from error
+
+
+def _with_controlnet(pipe: Any, folder: str, dtype: torch.dtype) -> Any:
+    """The pipeline's parts with a ControlNet.
+
+    Raises:
+        ModelRefused: no such folder, damaged files, or a pipeline that takes none.
+    """
+    import diffusers
+
+    name = type(pipe).__name__
+    made = getattr(diffusers, name.replace("Pipeline", "ControlNetPipeline"), None)
+    if made is None or getattr(pipe, "unet", None) is None:
+        raise ModelRefused(f"a {name} takes no ControlNet")
+    if not (Path(folder) / "config.json").is_file():
+        raise ModelRefused(f"controlnet {folder} has no config.json: not a diffusers folder")
+    try:
+        net = diffusers.ControlNetModel.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever three libraries raise
+        raise ModelRefused(f"cannot load controlnet {folder}: {_first_line(error)}") from error
+    known = inspect.signature(made.__init__).parameters
+    kept = {k: v for k, v in {**dict(pipe.config), **pipe.components}.items() if k in known}
+    return made(**kept, controlnet=net.to(dtype))
 
 
 def _first_line(error: BaseException) -> str:

@@ -25,23 +25,30 @@ class Recipe:
 
     Args:
         home: what makes a batch of pictures: a module of `styleattn.pipelines` and its function.
+        checked: what refuses a job before anything is computed or written, as `home`; "" for
+            nothing of its own.
         roles: the rows of the bank, in the method's order, of "content" and "style"; () for methods
             that need no bank.
         content: every picture is made from a content picture (`--content`), its noise included.
         prompts: a file of prompts is needed; else there may be none.
         single: one picture per pipeline call.
         shown: the reference pictures are shown to the method's image encoder.
+        most: how many references there may be; 0 for any number.
+        beside: references that are prompts are made next to the pictures, as a batch's first rows.
         defaults: options that suit the method, below those of the embedded model.
         tiny: options that suit it on the embedded model.
         knobs: of the method, on full-sized models.
     """
 
     home: str = "drawing:draw"
+    checked: str = ""
     roles: tuple[str, ...] = ("style",)
     content: bool = False
     prompts: bool = True
     single: bool = False
     shown: bool = False
+    most: int = 0
+    beside: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tiny: Mapping[str, Any] = field(default_factory=dict)
     knobs: Mapping[str, Any] = field(default_factory=dict)
@@ -96,20 +103,51 @@ RECIPES: dict[str, Recipe] = {
     ),
     "ip_adapter": Recipe(roles=(), shown=True, defaults={"guidance": 7.5, "steps": 30}),
     "instant_style": Recipe(roles=(), shown=True, defaults={"guidance": 5.0, "steps": 30}),
+    "instant_style_plus": Recipe(
+        home="instant_style_plus:draw",
+        checked="instant_style_plus:check",
+        roles=(),
+        content=True,
+        prompts=False,
+        shown=True,
+        most=1,
+        defaults={"guidance": 5.0, "inversion": "renoise", "inversion_guidance": 1.0},
+    ),
     # Two pictures are content and style, one is the style.
-    "csgo": Recipe(roles=(), shown=True, defaults={"guidance": 10.0}),
+    "csgo": Recipe(home="csgo:draw", roles=(), shown=True, most=2, defaults={"guidance": 10.0}),
     "rb_modulation": Recipe(roles=(), shown=True, defaults={"guidance": 7.5}),
     "style_studio": Recipe(roles=(), shown=True, defaults={"guidance": 7.0}),
     "deadiff": Recipe(roles=(), shown=True, defaults={"guidance": 8.0}),
 }
 
 
-def recipe_of(method: str) -> Recipe:
-    """The recipe of a method.
+_GUIDED = {"steps": 28, "guidance": 3.5}
+
+FLUX_RECIPES: dict[str, Recipe] = {
+    "style_aligned": Recipe(home="drawing:beside", beside=True, defaults=_GUIDED),
+    "aligned_gen": Recipe(home="drawing:beside", beside=True, defaults=_GUIDED),
+    "redux": Recipe(roles=(), shown=True, defaults=_GUIDED),
+    "ip_adapter": Recipe(roles=(), shown=True, defaults=_GUIDED),
+    "instant_style": Recipe(roles=(), shown=True, defaults=_GUIDED),
+}
+"""Recipes on FLUX.1."""
+
+
+def recipes_on(host: str) -> dict[str, Recipe]:
+    """The recipes on "unet" or "flux"."""
+    return FLUX_RECIPES if host == "flux" else RECIPES
+
+
+def recipe_of(method: str, host: str = "unet") -> Recipe:
+    """The recipe of a method on a host, "unet" or "flux".
 
     Raises:
         ValueError: there is none.
     """
-    if method not in RECIPES:
-        raise ValueError(f"stylize has no recipe for {method!r}; it has {', '.join(RECIPES)}")
-    return RECIPES[method]
+    recipes = recipes_on(host)
+    if method not in recipes:
+        where = " on FLUX" if host == "flux" else ""
+        raise ValueError(
+            f"stylize has no recipe for {method!r}{where}; it has {', '.join(recipes)}"
+        )
+    return recipes[method]

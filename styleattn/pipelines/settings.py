@@ -10,12 +10,11 @@ import yaml
 
 from styleattn.methods import METHODS
 
-from .recipes import RECIPES, Recipe, recipe_of
+from .models import TINY, family_of
+from .recipes import Recipe, recipe_of, recipes_on
 
 if TYPE_CHECKING:
     from .sources import Source
-
-TINY = "tiny-sdxl"
 
 
 class Refused(ValueError):
@@ -35,12 +34,17 @@ DEFAULTS: dict[str, Any] = {
     "prompts": None,
     "out": None,
     "bank": None,
+    "lora": None,
+    "textual_inversion": None,
     "adapter": None,
     "image_encoder": None,
+    "controlnet": None,
+    "control_scale": None,
     "seed": 0,
     "steps": 50,
     "guidance": 10.0,
     "negative_prompt": None,
+    "true_guidance": 1.0,
     "batch_size": 4,
     "score_shift": None,
     "score_scale": None,
@@ -54,7 +58,7 @@ DEFAULTS: dict[str, Any] = {
     "device": "auto",
     "dtype": "auto",
     "variant": None,
-    "scheduler": "ddim",
+    "scheduler": None,
     "offload": False,
 }
 TINY_DEFAULTS: dict[str, Any] = {
@@ -63,18 +67,28 @@ TINY_DEFAULTS: dict[str, Any] = {
     "inversion_guidance": 1.0,
     "offset": 0,
 }
+SCHNELL_DEFAULTS: dict[str, Any] = {"steps": 4, "guidance": 0.0}
+_SCALES = (
+    "control_scale",
+    "guidance",
+    "true_guidance",
+    "score_shift",
+    "score_scale",
+    "inversion_guidance",
+)
 _NUMBERS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("seed", "steps", "batch_size", "height", "width", "offset"), (int,)),
-    **dict.fromkeys(("guidance", "score_shift", "score_scale", "inversion_guidance"), (int, float)),
+    **dict.fromkeys(_SCALES, (int, float)),
     "reference_weight": (int, float),
     "offload": (bool,),
 }
 _REFERENCES = ("reference", "reference_prompt", "reference_weight")
-_LISTS = {*_REFERENCES, "content", "content_prompt"}
+_LISTS = {*_REFERENCES, "content", "content_prompt", "lora", "textual_inversion"}
 
 
 def merged(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
-    """Command line over configuration file over defaults, every value of the right kind."""
+    """Command line over configuration file over defaults, every value of the right kind; and the
+    model's ``host``."""
     chosen = {name: value for name, value in given.items() if value not in (None, [])}
     written = _read_config(config, DEFAULTS)
     knobs = written.pop("set", {})
@@ -94,9 +108,13 @@ def merged(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
     model, method = (
         chosen.get(name) or written.get(name) or DEFAULTS[name] for name in ("model", "method")
     )
-    recipe = RECIPES.get(method, Recipe())
+    family = family_of(str(model))
+    host = family["host"]
+    recipe = recipes_on(host).get(method, Recipe())
     own = {**TINY_DEFAULTS, **recipe.tiny} if model == TINY else {}
-    return {**DEFAULTS, **recipe.defaults, **own, **written, **chosen, "knobs": knobs}
+    own = own if family["guided"] else SCHNELL_DEFAULTS
+    found = {**DEFAULTS, **recipe.defaults, **own, **written, **chosen}
+    return {**found, "knobs": knobs, "host": host}
 
 
 def sources_of(options: Mapping[str, Any]) -> list[tuple[str | None, str, float]]:
@@ -107,13 +125,13 @@ def sources_of(options: Mapping[str, Any]) -> list[tuple[str | None, str, float]
     """
     paths, prompts, weights = (options[name] or [] for name in _REFERENCES)
     if options["bank"] is not None:
-        if recipe_of(options["method"]).shown:
+        if _recipe(options).shown:
             raise Refused(f"{options['method']} takes no --bank")
         if paths or prompts or weights:
             raise Refused("--bank excludes --reference, --reference-prompt and --reference-weight")
         return []
     count = len(paths) or len(prompts)
-    recipe = recipe_of(options["method"])
+    recipe = _recipe(options)
     if recipe.shown and not paths:
         raise Refused(f"--reference is missing: {options['method']} is shown a picture")
     if not count:
@@ -127,6 +145,10 @@ def sources_of(options: Mapping[str, Any]) -> list[tuple[str | None, str, float]
     if any(not 0 <= w < float("inf") for w in weights):
         raise Refused(f"--reference-weight must be finite and not negative, got {weights}")
     return list(zip(paths or [None] * count, prompts, map(float, weights), strict=True))
+
+
+def _recipe(options: Mapping[str, Any]) -> Recipe:
+    return recipe_of(options["method"], options["host"])
 
 
 def _for_each(what: str, option: str, given: list[str], count: int) -> list[str]:
@@ -145,7 +167,7 @@ def contents_of(options: Mapping[str, Any]) -> list[tuple[str, str]]:
     """
     paths, prompts = options["content"] or [], options["content_prompt"] or []
     method = options["method"]
-    wanted = recipe_of(method).content
+    wanted = _recipe(options).content
     if wanted and not paths:
         raise Refused(f"--content is missing: {method} restyles a picture")
     if not wanted and (paths or prompts):
@@ -186,7 +208,7 @@ def prompts_of(options: Mapping[str, Any], contents: int) -> tuple[str, ...]:
         Refused: prompts are missing, or do not fit the content pictures in number.
     """
     if options["prompts"] is None:
-        if recipe_of(options["method"]).prompts:
+        if _recipe(options).prompts:
             raise Refused("--prompts is missing")
         return ("",) * contents
     prompts = read_prompts(Path(options["prompts"]))
@@ -202,7 +224,7 @@ def styled_method(options: Mapping[str, Any], knobs: Sequence[str]) -> Any:
     name = options["method"]
     base: dict[str, Any] = {}
     if name in METHODS and options["model"] != TINY:
-        base.update(RECIPES[name].knobs if name in RECIPES else {})
+        base.update(recipes_on(options["host"]).get(name, Recipe()).knobs)
     base.update(options["knobs"])
     for option, knob in (
         ("score_shift", "shared_score_shift"),
@@ -212,6 +234,18 @@ def styled_method(options: Mapping[str, Any], knobs: Sequence[str]) -> Any:
             base[knob] = float(options[option])
     base.update({k: options[k] for k in ("adapter", "image_encoder") if options[k] is not None})
     return make_method(name, knobs, base)
+
+
+def control_scale(options: Mapping[str, Any]) -> float | None:
+    """How strongly the ControlNet speaks; None for the recipe's own.
+
+    Raises:
+        Refused: a scale without meaning.
+    """
+    scale = options["control_scale"]
+    if scale is not None and not 0 <= scale < float("inf"):
+        raise Refused(f"--control-scale must be finite and not negative, got {scale}")
+    return None if scale is None else float(scale)
 
 
 def make_method(name: str, knobs: Sequence[str], base: Mapping[str, Any] | None = None) -> Any:

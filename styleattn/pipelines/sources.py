@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,15 +14,19 @@ import torch
 from torch import Tensor
 
 from styleattn.inversion import Trajectory
-from styleattn.inversion.host import Picture, default_size, read_picture, timesteps_of
+from styleattn.inversion.host import Picture, read_picture
 from styleattn.references import Reference, StyleBank
 
+from .additions import Lora, Word, file_digest
+from .hosts import levels, size_of
 from .recipes import Recipe, recipe_of
-from .style_aligned import TRANSFER, Inversion, Sampling, make_bank, make_trajectory
+from .sampling import Sampling
+from .style_aligned import TRANSFER, Inversion, make_bank, make_trajectory
 
 FORMAT = 1
 BANK, CONTENT = "reference.safetensors", "content-{}.safetensors"
 _CHECKPOINT = ".inversion"
+_FILES = ("adapter", "image_encoder", "csd")  # of methods
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ class Job:
         prompts: one picture each; picture i is drawn from ``seed + i``.
         model: what the user calls the model; for the manifest.
         batch_size: pictures per pipeline call. It changes results by rounding only.
+        loras, words: what was added to the model, for the manifest; `load_model` adds them.
+        control_scale: of a ControlNet; None for the recipe's own.
+        host: "unet" or "flux"; `run_folder` sets it to what its pipeline is.
     """
 
     prompts: tuple[str, ...]
@@ -54,16 +60,29 @@ class Job:
     batch_size: int = 4
     backend: str | None = None
     model: str = ""
+    loras: tuple[Lora, ...] = ()
+    words: tuple[Word, ...] = ()
+    control_scale: float | None = None
+    host: str = "unet"
 
     @property
     def recipe(self) -> Recipe:
         """How the method's pictures are made."""
-        return recipe_of(self.method.name)
+        return recipe_of(self.method.name, self.host)
+
+    def added(self) -> dict[str, Any]:
+        """What was added to the model."""
+        return {
+            "loras": [x.facts() for x in self.loras],
+            "textual_inversions": [x.facts() for x in self.words],
+        }
 
     def settings(self) -> dict[str, Any]:
         """All settings, JSON-ready."""
         return {
-            **{f: getattr(self, f) for f in ("seed", "batch_size", "backend", "model")},
+            **{f: getattr(self, f) for f in ("seed", "batch_size", "backend", "model", "host")},
+            "control_scale": self.control_scale,
+            **self.added(),
             "method": self.method.to_dict(),
             "sampling": asdict(self.sampling),
             "inversion": asdict(self.inversion),
@@ -79,12 +98,20 @@ class Ready:
         contents: trajectories, one for every picture or one for all; empty without any.
         keys: a name for the styles, and one for each content.
         sources: the styles as they were given.
+        pictures: the content pictures as they were given.
     """
 
     bank: StyleBank | None
     contents: tuple[Trajectory, ...]
     keys: tuple[str, ...]
     sources: tuple[Source, ...] = ()
+    pictures: tuple[Picture | None, ...] = ()
+
+    def picture(self, index: int) -> Picture | None:
+        """The content picture of picture ``index``."""
+        if not self.pictures:
+            return None
+        return self.pictures[index if len(self.pictures) > 1 else 0]
 
     def content(self, index: int) -> Trajectory | None:
         """The content of picture ``index``."""
@@ -142,7 +169,7 @@ class Workshop:
     """Where sources are made ready.
 
     Args:
-        facts: of the model and device: "unet", "dtype", "device".
+        facts: of the model and device: "denoiser", "scheduler", "dtype", "device".
         progress: called with (stage, done, total).
     """
 
@@ -156,7 +183,10 @@ class Workshop:
         self, sources: Sequence[Source], contents: Sequence[Source], bank: StyleBank | None
     ) -> Ready:
         """The sources, found in the folder where they are the same, else made."""
-        inverted = sources if bank is None and "style" in self.job.recipe.roles else ()
+        recipe = self.job.recipe
+        inverted = sources if bank is None and "style" in recipe.roles else ()
+        if recipe.beside and all(source.picture is None for source in sources):
+            inverted = ()
         total = (len(inverted) + len(contents)) * self._steps
         styles = self._bank(inverted, total) if inverted else bank
         made = [
@@ -167,7 +197,8 @@ class Workshop:
         if styles is None and sources:
             name = self._identity(sources, self.job.seed)
         keys = (name, *(key for _, key in made))
-        return Ready(styles, tuple(path for path, _ in made), keys, tuple(sources))
+        pictures = tuple(source.picture for source in contents)
+        return Ready(styles, tuple(path for path, _ in made), keys, tuple(sources), pictures)
 
     @property
     def _inversion(self) -> Inversion:
@@ -235,18 +266,19 @@ class Workshop:
     def _identity(self, sources: Sequence[Source], seed: int) -> str:
         """A name for everything that the trajectories of sources depend on."""
         pipe, job = self.pipe, self.job
-        size = [job.sampling.height, job.sampling.width]
         facts = {
             "format": FORMAT,
             "sources": [[_pixels(s.picture), s.prompt, s.weight] for s in sources],
-            "unet": self.facts["unet"],
+            "denoiser": self.facts["denoiser"],
+            **job.added(),
+            "scheduler": self.facts["scheduler"],
             "dtype": self.facts["dtype"],
             "device": self.facts["device"]["type"],
-            "timesteps": timesteps_of(pipe, job.sampling.num_inference_steps),
-            "size": [a or b for a, b in zip(size, default_size(pipe), strict=True)],
+            "timesteps": levels(pipe, job.sampling.num_inference_steps),
+            "size": size_of(pipe, job.sampling.height, job.sampling.width),
             "inversion": asdict(self._inversion),
             "method": job.method.to_dict(),
-            "files": [_file(getattr(job.method, k, None)) for k in ("adapter", "image_encoder")],
+            "files": [file_digest(getattr(job.method, k, None)) for k in _FILES],
             "negative_prompt": job.sampling.negative_prompt,
             "sampled": [seed, job.sampling.guidance_scale],
         }
@@ -263,20 +295,6 @@ def shown(job: Job, sources: Sequence[Source]) -> Job:
         Reference(image=s.picture, prompt=s.prompt, weight=s.weight) for s in sources
     )
     return replace(job, method=replace(job.method, references=references))
-
-
-def _file(path: Any) -> str | None:
-    """A name for what is in a file, or in a folder's files."""
-    if not isinstance(path, (str, os.PathLike)):
-        return None
-    place = Path(path)
-    files = sorted(p for p in place.iterdir() if p.is_file()) if place.is_dir() else [place]
-    total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while part := stream.read(1 << 20):
-                total.update(part)
-    return total.hexdigest()
 
 
 def _pixels(picture: Picture | None) -> str | None:

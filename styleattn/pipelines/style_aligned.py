@@ -3,10 +3,8 @@ batches."""
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 from typing import Any
@@ -20,7 +18,6 @@ from styleattn.inversion import (
     belm_invert,
     ddim_invert,
     ddim_sample,
-    encode_prompts,
     noised,
     renoise_invert,
 )
@@ -31,38 +28,12 @@ from styleattn.processors import apply, paused
 from styleattn.processors.bank import build_bank, reference_callback
 from styleattn.references import Reference, StyleBank
 
+from .sampling import Callback, Sampling, batches, generate
+
 TRANSFER = StyleAligned(shared_score_shift=log(2))
 """The paper's setting for transfer from one's own picture; for famous ones: scale 0.5, shift 0."""
 
 INVERSIONS = ("ddim", "renoise", "belm", "noise")
-Callback = Callable[[int, int], object]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are sampled: the arguments of a pipeline call that hold for all prompts.
-
-    Args:
-        num_inference_steps, guidance_scale, negative_prompt: as in diffusers.
-        height, width: pixels; None is the pipeline's own size.
-
-    Raises:
-        ValueError: no steps, or a guidance scale that is no number.
-    """
-
-    num_inference_steps: int = 50
-    guidance_scale: float = 10.0
-    negative_prompt: str | None = None
-    height: int | None = None
-    width: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_inference_steps < 1:
-            raise ValueError(
-                f"num_inference_steps must be at least 1, got {self.num_inference_steps}"
-            )
-        if not 0 <= self.guidance_scale < float("inf"):
-            raise ValueError(f"guidance_scale must be finite and >= 0, got {self.guidance_scale}")
 
 
 @dataclass(frozen=True)
@@ -179,64 +150,6 @@ def make_bank(
         offset=offset,
         negative_prompt=negative_prompt,
     )
-
-
-def generate(
-    pipe: Any,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    sampling: Sampling = Sampling(),
-    *,
-    callback: Callback | None = None,
-    **arguments: Any,
-) -> list[Image.Image]:
-    """One batch through the pipeline as it stands: a prompt and a seed for every image.
-
-    Every image has a generator of its own on the CPU, and every prompt is embedded alone, so that
-    an image is determined by its prompt and seed; its neighbours in the batch touch it only through
-    the rounding of the libraries below.
-
-    Args:
-        arguments: further arguments of the pipeline call (a ControlNet's ``image``, for example).
-
-    Raises:
-        TypeError: arguments that the pipeline's call does not have.
-    """
-    known = inspect.signature(type(pipe).__call__).parameters
-    unknown = sorted(set(arguments) - set(known))
-    if unknown:
-        raise TypeError(f"{type(pipe).__name__} takes no argument {', '.join(unknown)}")
-    embeds = encode_prompts(pipe, prompts, sampling.negative_prompt)
-    steps = sampling.num_inference_steps
-    inner = arguments.pop("callback_on_step_end", None)
-
-    def step_end(host: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if callback is not None:
-            callback(step + 1, steps)
-        return tensors if inner is None else inner(host, step, t, tensors)
-
-    with _quiet(pipe), torch.no_grad():
-        return pipe(
-            **embeds.arguments(),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            num_inference_steps=steps,
-            guidance_scale=sampling.guidance_scale,
-            height=sampling.height,
-            width=sampling.width,
-            callback_on_step_end=step_end,
-            **arguments,
-        ).images
-
-
-def batches(count: int, size: int) -> list[range]:
-    """The indices 0..count-1 in runs of ``size``.
-
-    Raises:
-        ValueError: a size below 1.
-    """
-    if size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {size}")
-    return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def transfer(
@@ -375,14 +288,3 @@ def _check_control(prompts: Sequence[str], control: Sequence[Any] | None) -> Non
         raise ValueError(
             f"{len(prompts)} prompts need as many control pictures, got {len(control)}"
         )
-
-
-@contextlib.contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    """No progress bar of the pipeline's own, and afterwards the one that was there."""
-    before: Mapping[str, Any] | None = getattr(pipe, "_progress_bar_config", None)
-    pipe.set_progress_bar_config(**{**(before or {}), "disable": True})
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**(before or {}))

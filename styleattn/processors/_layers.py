@@ -31,7 +31,8 @@ def layer_weights(
             deepest: `up_blocks.2` and `.3` of SD1.5, `up_blocks.1` of SDXL) or "style_id" (the
             same, on SDXL without its first attention module); a name, a prefix or an fnmatch
             pattern of names, or several; or diffusers' scale dictionary ({"down": {"block_2":
-            [0, 1]}, "mid": 1, "up": ...}; what it does not name is 0); a weight type such as "ease
+            [0, 1]}, "mid": 1, "up": ...}; what it does not name is 0); on FLUX one number for
+            every double block (single ones get 0) or for every block; a weight type such as "ease
             in" (`styleattn.methods.WEIGHT_TYPES`); or a dictionary of any of these choices to
             weights ({"style": 1, "layout": 0.5}), which add up.
         attention: the paths of the attention layers. Every pattern must hit one of them.
@@ -53,6 +54,9 @@ def layer_weights(
             return _weighted(layers, attention, others)
         return _from_scale_dict(layers, attention, names)
     patterns = [layers] if isinstance(layers, str) else layers
+    double = [name for name in attention if name.startswith("transformer_blocks.")]
+    if double and isinstance(patterns, (list, tuple)) and _numbers(patterns):
+        return {**dict.fromkeys(names, 0.0), **_each(patterns, double, attention)}
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
         raise ValueError(
             f"layers must be one of {', '.join(PRESETS)}, a pattern, a list of patterns or a scale"
@@ -84,6 +88,27 @@ def _weighted(
         for name, weight in layer_weights(choice, attention, others).items():
             total[name] += scale * weight
     return total
+
+
+def _numbers(values: Sequence[Any]) -> bool:
+    return bool(values) and all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) for v in values
+    )
+
+
+def _each(
+    weights: Sequence[float], double: Sequence[str], attention: Sequence[str]
+) -> dict[str, float]:
+    """One weight for every double block of FLUX, or for every block."""
+    for weight in weights:
+        _check_scale("a block", weight)
+    for chosen in (double, attention):
+        if len(chosen) == len(weights):
+            return dict(zip(chosen, map(float, weights), strict=True))
+    raise ValueError(
+        f"layers: {len(weights)} weights for the {len(double)} double blocks of the model, or for"
+        f" all its {len(attention)}"
+    )
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -118,8 +143,10 @@ def _preset(name: str, attention: Sequence[str]) -> Layers:
     if any(layer.startswith("up_blocks.1.attentions.") for layer in attention):
         wanted = _V1[name]
         return [p for p in wanted if any(_matches(p, layer) for layer in attention)] or wanted
+    flux = any(layer.startswith("single_transformer_blocks.") for layer in attention)
+    measured = " (on FLUX no preset has been measured: give weights per block)" if flux else ""
     raise ValueError(
-        f"layers={name!r} is known for SDXL and SD1.5 UNets; {_what_there_is(attention)}"
+        f"layers={name!r} is known for SDXL and SD1.5 UNets{measured}; {_what_there_is(attention)}"
     )
 
 

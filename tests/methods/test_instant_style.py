@@ -44,3 +44,12 @@ def test_settings():
     tensor = InstantStyle(adapter="a.bin", negative_content=torch.zeros(3))
     assert tensor.to_dict()["negative_content"] is None
     assert tensor.layers == {"style": 1.0, "layout": 0.0}
+
+
+def test_blocks_stand_in_place_of_the_presets():
+    for blocks in ([0.5, 1.0], {"transformer_blocks.3": 2.0}, "all"):
+        method = InstantStyle(blocks=blocks)
+        assert method.layers == blocks
+        assert InstantStyle.from_yaml(method.to_yaml()).layers == blocks
+    with pytest.raises(ValueError, match="give one or the other"):
+        InstantStyle(layout=0.5, blocks="all")

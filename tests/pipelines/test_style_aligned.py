@@ -20,7 +20,7 @@ from styleattn.pipelines import (
     make_trajectory,
     transfer,
 )
-from styleattn.pipelines.style_aligned import batches
+from styleattn.pipelines.sampling import batches
 
 STEPS = 6
 PROMPTS = ["a cat", "a dog", "a hen"]

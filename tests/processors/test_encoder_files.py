@@ -18,7 +18,7 @@ from styleattn.adapters import (
 )
 from styleattn.methods import CSGO, DEADiff, PuLIDSDXL, RBModulation, StyleShot, StyleStudio
 from styleattn.pipelines.csgo import MODES, csgo_pictures, fitted
-from styleattn.pipelines.style_aligned import Sampling
+from styleattn.pipelines.sampling import Sampling
 from styleattn.processors import apply
 from styleattn.processors.unet import cross_attention_layers
 from styleattn.references import Reference

@@ -97,3 +97,22 @@ def test_bad_choices_say_what_there_is(layers, says):
 def test_unknown_models_have_no_presets():
     with pytest.raises(ValueError, match=r"known for SDXL and SD1\.5"):
         layer_weights("style", ["blocks.0.attn1"])
+
+
+FLUX = [f"transformer_blocks.{i}.attn" for i in range(2)]
+FLUX += [f"single_transformer_blocks.{i}.attn" for i in range(3)]
+
+
+def test_weights_for_every_block_of_flux():
+    assert layer_weights([0.5, 2], FLUX) == dict(zip(FLUX, (0.5, 2.0, 0.0, 0.0, 0.0), strict=True))
+    each = [1.0, 0.0, 0.25, 0.5, 3.0]
+    assert list(layer_weights(each, FLUX).values()) == each
+    for wrong, says in (([1.0] * 3, "3 weights for the 2 double"), ([1.0, -1.0], "scale >= 0")):
+        with pytest.raises(ValueError, match=says):
+            layer_weights(wrong, FLUX)
+
+
+@pytest.mark.parametrize("unet_alone", ["style", "ease in", {"style": 1.0, "layout": 0.0}])
+def test_choices_of_unets_are_refused_on_flux(unet_alone):
+    with pytest.raises(ValueError, match="UNets"):
+        layer_weights(unet_alone, FLUX)

@@ -23,7 +23,8 @@ pytest.importorskip("transformers")
 
 from styleattn import apply, tiny
 from styleattn.methods import StyleAligned
-from styleattn.pipelines.style_aligned import Inversion, Sampling, generate, transfer
+from styleattn.pipelines.sampling import Sampling, generate
+from styleattn.pipelines.style_aligned import Inversion, transfer
 from styleattn.tiny import measure
 
 PER_REFERENCE = 4

@@ -1,0 +1,119 @@
+"""What recipes have to know of a pipeline's family: its denoiser, its sizes, and how prompts and
+guidance enter its call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from styleattn.inversion.host import (
+    HostUnsupported,
+    check_host,
+    default_size,
+    device_of,
+    encode_prompts,
+    timesteps_of,
+    vae_scale,
+)
+from styleattn.inversion.invert import check_run
+
+HOSTS = ("unet", "flux")
+"""Stable Diffusion 1, 2 and XL; FLUX.1."""
+
+
+def host_of(pipe: Any) -> str:
+    """The family of a pipeline.
+
+    Raises:
+        HostUnsupported: a pipeline of another family; says what it lacks.
+    """
+    if type(getattr(pipe, "transformer", None)).__name__ == "FluxTransformer2DModel":
+        return "flux"
+    check_host(pipe, "host_of")
+    return "unet"
+
+
+def denoiser(pipe: Any) -> Any:
+    """The network that a style is at work on."""
+    return pipe.transformer if host_of(pipe) == "flux" else pipe.unet
+
+
+def size_of(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
+    """The size in pixels of pictures of a wanted size; None is the pipeline's own."""
+    if host_of(pipe) == "unet":
+        own = default_size(pipe)
+    else:
+        own = (pipe.default_sample_size * vae_scale(pipe),) * 2
+    return (own[0] if height is None else height, own[1] if width is None else width)
+
+
+def levels(pipe: Any, num_inference_steps: int) -> list[int]:
+    """What tells the noise levels of a run apart, next to the scheduler's settings: timesteps, or
+    on FLUX, where they hang on the size as well, their number."""
+    if host_of(pipe) == "flux":
+        return [num_inference_steps]
+    return timesteps_of(pipe, num_inference_steps)
+
+
+def check_sampling(pipe: Any, sampling: Any) -> None:
+    """Refuse a run that a pipeline cannot make as it is asked for.
+
+    Raises:
+        ValueError: steps, sizes or guidance without meaning for it; every reason for FLUX.
+        HostUnsupported: a pipeline that makes no pictures from prompts alone.
+    """
+    steps, height, width = sampling.num_inference_steps, sampling.height, sampling.width
+    if host_of(pipe) == "unet":
+        check_run(pipe, steps, height, width)
+        if sampling.true_guidance != 1.0:
+            raise ValueError("true guidance is FLUX's; on UNets guidance is always true")
+        return
+    if type(pipe).__name__ != "FluxPipeline":
+        raise HostUnsupported(f"stylize draws with a FluxPipeline, not a {type(pipe).__name__}")
+    most, side = int(pipe.scheduler.config.num_train_timesteps), 2 * vae_scale(pipe)
+    reasons = []
+    if not 1 <= steps <= most:
+        reasons.append(f"num_inference_steps must lie in 1..{most}, got {steps}")
+    size = size_of(pipe, height, width)
+    if any(s <= 0 or s % side for s in size):
+        reasons.append(
+            f"height and width must be positive multiples of {side}, got {size[0]} x {size[1]}"
+        )
+    if sampling.negative_prompt is not None and sampling.true_guidance <= 1:
+        reasons.append("a negative prompt acts on FLUX under a true guidance above 1")
+    if sampling.guidance_scale and not pipe.transformer.config.guidance_embeds:
+        reasons.append("this model was distilled without a guidance scale: guidance must be 0")
+    if reasons:
+        raise ValueError("; ".join(reasons))
+
+
+def call_arguments(pipe: Any, prompts: Sequence[str], sampling: Any) -> dict[str, Any]:
+    """Prompts and guidance as the pipeline's call takes them; every prompt is embedded alone."""
+    if host_of(pipe) == "unet":
+        embeds = encode_prompts(pipe, prompts, sampling.negative_prompt)
+        return {**embeds.arguments(), "guidance_scale": sampling.guidance_scale}
+    found = _flux_words(pipe, prompts)
+    found["guidance_scale"] = sampling.guidance_scale
+    if "true_cfg_scale" in inspect.signature(type(pipe).__call__).parameters:  # Fill has none
+        found["true_cfg_scale"] = sampling.true_guidance
+    if sampling.true_guidance > 1:
+        negative = _flux_words(pipe, [sampling.negative_prompt or ""])
+        found |= {
+            f"negative_{name}": x.repeat_interleave(len(prompts), 0) for name, x in negative.items()
+        }
+    return found
+
+
+def _flux_words(pipe: Any, prompts: Sequence[str]) -> dict[str, Any]:
+    """Embeddings of prompts; schnell was trained with half of dev's 512 tokens."""
+    length = 512 if pipe.transformer.config.guidance_embeds else 256
+    with torch.no_grad():
+        rows = [
+            pipe.encode_prompt(p, None, device=device_of(pipe), max_sequence_length=length)[:2]
+            for p in prompts
+        ]
+    embeds, pooled = (torch.cat(x) for x in zip(*rows, strict=True))
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}

@@ -1,0 +1,242 @@
+"""`styleattn` on a FLUX directory: prompts or pictures in, pictures out, as Python makes them."""
+
+from __future__ import annotations
+
+import json
+
+import checkpoints
+import numpy as np
+import pytest
+import random_flux
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from styleattn import cli
+from styleattn.methods import AlignedGen, InstantStyle, IPAdapter, Redux, StyleAligned
+from styleattn.pipelines import load_model
+from styleattn.processors import apply
+from styleattn.references import Reference
+
+torch.set_num_threads(1)
+PROMPTS = ["a cat", "a house on a hill"]
+LORA = [
+    f"{block}.{i}.attn.to_{part}"
+    for block in ("transformer_blocks", "single_transformer_blocks")
+    for i in range(2)
+    for part in "qkv"
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model, encoders, adapters, a LoRA, a word, pictures and prompts."""
+    folder = tmp_path_factory.mktemp("flux")
+    random_flux.flux().save_pretrained(folder / "model")
+    random_flux.siglip().save_pretrained(folder / "siglip")
+    random_flux.clip_vision().save_pretrained(folder / "clip")
+    shapes = {"redux_up.weight": (48, 32), "redux_up.bias": (48,)}
+    shapes |= {"redux_down.weight": (32, 48), "redux_down.bias": (32,)}
+    loud = {n: 8 * t for n, t in checkpoints.noise(shapes).items()}
+    save_file(loud, folder / "redux.safetensors")
+    layouts = {"xlabs": checkpoints.xlabs(2, 32, 32, 32, 4)}
+    layouts["instantx"] = checkpoints.instantx(4, 32, 32, 32, 5)
+    for name, layout in layouts.items():
+        save_file(checkpoints.noise(layout), folder / f"{name}.safetensors")
+    lora = {f"transformer.{n}.lora_{x}.weight": torch.randn(4, 32) for n in LORA for x in "AB"}
+    lora = {n: t.T.contiguous() if "lora_B" in n else t for n, t in lora.items()}
+    save_file(lora, folder / "lora.safetensors")
+    save_file({"clip_l": torch.randn(2, 32), "t5": torch.randn(2, 32)}, folder / "word.safetensors")
+    for i, name in enumerate(("a", "b")):
+        pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(place):
+    pipe = load_model(str(place / "model"), device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def command(place, out, method, *more):
+    argv = ["stylize", "--model", str(place / "model"), "--method", method, "--out", str(out)]
+    argv += ["--prompts", str(place / "prompts.txt"), "--device", "cpu"]
+    return [*argv, "--steps", "2", "--height", "16", "--width", "16", *map(str, more)]
+
+
+def stylize(place, out, method, *more):
+    """The pictures [n, 16, 16, 3]."""
+    assert cli.main(command(place, out, method, *more)) == 0
+    return opened(sorted(out.glob("0*.png")))
+
+
+def opened(pictures):
+    found = [Image.open(p) if not isinstance(p, Image.Image) else p for p in pictures]
+    return np.stack([np.asarray(p.convert("RGB"), float) for p in found])
+
+
+def drawn(pipe, prompts=PROMPTS, seeds=(0, 1), guidance=3.5, **arguments):
+    """diffusers' own call."""
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    size = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": guidance}
+    return opened(pipe(list(prompts), generator=generators, **size, **arguments).images)
+
+
+def same(a, b):
+    return np.abs(a - b).max() <= 1
+
+
+def other(a, b):
+    return all(np.abs(x - y).max() > 1 for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("method", [StyleAligned, AlignedGen], ids=lambda m: m.name)
+def test_references_from_prompts(place, pipe, tmp_path, method):
+    """They are the first rows of every batch; batches do not show in the pictures."""
+    words = ["--reference-prompt", "a painting", "--reference-prompt", "a print"]
+    words += ["--reference-weight", "1", "--reference-weight", "0.5"]
+    found = stylize(place, tmp_path / "a", method.name, *words)
+    two = method(references=(Reference(), Reference(weight=0.5)))
+    with apply(pipe, two):
+        expected = drawn(pipe, ["a painting", "a print", *PROMPTS], (0, 1, 0, 1))
+    assert same(found, expected[2:])
+    assert other(found, drawn(pipe))
+    assert same(found, stylize(place, tmp_path / "b", method.name, *words, "--batch-size", "1"))
+
+
+def test_redux(place, pipe, tmp_path):
+    files = ["--adapter", place / "redux.safetensors", "--image-encoder", place / "siglip"]
+    pictures = ["--reference", place / "a.png", "--reference", place / "b.png"]
+    weights = ["--reference-weight", "0.8", "--reference-weight", "0.3"]
+    found = stylize(place, tmp_path / "a", "redux", *files, *pictures, *weights)
+    both = tuple(Reference(image=place / f"{n}.png", weight=w) for n, w in (("a", 0.8), ("b", 0.3)))
+    made = {"adapter": place / "redux.safetensors", "image_encoder": place / "siglip"}
+    with apply(pipe, Redux(references=both, **made)):
+        assert same(found, drawn(pipe))
+    assert other(found, drawn(pipe))
+    none = stylize(place, tmp_path / "b", "redux", *files, *pictures[:2], "--set", "strength=0")
+    assert same(none, drawn(pipe))
+
+
+@pytest.mark.parametrize(("make", "encoder"), [("xlabs", "clip"), ("instantx", "siglip")])
+def test_ip_adapters(place, pipe, tmp_path, make, encoder):
+    file, folder = place / f"{make}.safetensors", place / encoder
+    more = ["--adapter", file, "--image-encoder", folder, "--reference", place / "a.png"]
+    found = stylize(place, tmp_path / "a", "ip_adapter", *more, "--set", "scale=3")
+    references = (Reference(image=place / "a.png"),)
+    shown = {"adapter": file, "image_encoder": folder, "references": references}
+    with apply(pipe, IPAdapter(scale=3.0, **shown)):
+        assert same(found, drawn(pipe))
+    assert other(found, drawn(pipe))
+    blocks = {"transformer_blocks.0": 3.0}
+    argument = f"blocks={json.dumps(blocks)}"
+    one = stylize(place, tmp_path / "b", "instant_style", *more, "--set", argument)
+    with apply(pipe, InstantStyle(blocks=blocks, **shown)):
+        assert same(one, drawn(pipe))
+    assert other(one, found)
+
+
+def test_true_guidance(place, pipe, tmp_path):
+    words = ["--true-guidance", "3", "--negative-prompt", "ugly", "--guidance", "2"]
+    words += ["--reference-prompt", "a painting"]
+    found = stylize(place, tmp_path / "a", "style_aligned", *words)
+    guided = {"true_cfg_scale": 3.0, "negative_prompt": ["ugly"] * 3, "guidance": 2.0}
+    with apply(pipe, StyleAligned()):
+        expected = drawn(pipe, ["a painting", *PROMPTS], (0, 0, 1), **guided)
+    assert same(found, expected[1:])
+
+
+def test_a_lora(place, tmp_path):
+    """It changes the pictures by its weight, the method works on what it gives, and the manifest
+    says so; another weight makes them anew."""
+    words, lora = ["--reference-prompt", "a painting"], place / "lora.safetensors"
+    out = tmp_path / "a"
+    plain = stylize(place, tmp_path / "plain", "style_aligned", *words)
+    found = stylize(place, out, "style_aligned", *words, "--lora", f"{lora}:0.7")
+    assert other(found, plain)
+    settings = json.loads((out / "manifest.json").read_text())["settings"]
+    (fact,) = settings["loras"]
+    assert (fact["file"], fact["weight"]) == (str(lora), 0.7) and len(fact["sha256"]) == 64
+    fresh = load_model(str(place / "model"), device="cpu")
+    fresh.set_progress_bar_config(disable=True)
+    fresh.load_lora_weights(str(place), weight_name=lora.name, adapter_name="one")
+    fresh.set_adapters(["one"], [0.7])
+    with apply(fresh, StyleAligned()):
+        expected = drawn(fresh, ["a painting", *PROMPTS], (0, 0, 1))[1:]
+    assert same(found, expected)
+    assert other(found, drawn(fresh))
+    none = stylize(place, out, "style_aligned", *words, "--lora", f"{lora}:0")
+    assert same(none, plain)
+
+
+def test_a_word(place, tmp_path):
+    """Embeddings for both encoders; the word is not what it was letter by letter."""
+    (place / "words.txt").write_text("zqx\na zqx cat")
+    words = ["--reference-prompt", "a painting", "--prompts", place / "words.txt"]
+    plain = stylize(place, tmp_path / "a", "style_aligned", *words)
+    taught = ["--textual-inversion", f"{place / 'word.safetensors'}:zqx"]
+    found = stylize(place, tmp_path / "b", "style_aligned", *words, *taught)
+    assert other(found, plain)
+    settings = json.loads((tmp_path / "b" / "manifest.json").read_text())["settings"]
+    assert settings["textual_inversions"][0]["word"] == "zqx"
+
+
+BAD = [
+    (["--reference", "{place}/a.png"], "--reference-prompt"),
+    (["--scheduler", "ddim"], "DDIM is no scheduler of FLUX"),
+    (["--negative-prompt", "ugly"], "under a true guidance above 1"),
+    (["--true-guidance", "0.5"], "true_guidance"),
+    (["--height", "15"], "multiples of 2"),
+    (["--method", "style_id"], "no recipe for 'style_id' on FLUX; it has style_aligned"),
+    (["--method", "redux"], "is shown a picture"),
+    (["--lora", "{place}/nowhere.safetensors"], "no such file"),
+    (["--lora", "{place}/a.png"], "cannot load LoRA"),
+    (["--lora", "{place}/lora.safetensors:nan"], "must be finite"),
+    (["--lora", "{place}/redux.safetensors"], "cannot load LoRA"),
+    (["--textual-inversion", "{place}/word.safetensors"], "FILE:word"),
+    (["--textual-inversion", "{place}/redux.safetensors:x"], "one tensor"),
+    (["--set", "layers=up_blocks.0"], "up_blocks.0"),
+    (["--set", "layers=ease in"], "ease in"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=["_".join(c)[:30] for c, _ in BAD])
+def test_bad_input(place, tmp_path, capsys, change, message):
+    words = [] if "--reference" in change or "redux" in change else ["--reference-prompt", "x"]
+    change = [part.format(place=place) for part in change]
+    assert cli.main(command(place, tmp_path / "out", "style_aligned", *words, *change)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("styleattn: ") and message in line, line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_guidance(place, tmp_path, capsys):
+    random_flux.flux(guidance_embeds=False).save_pretrained(tmp_path / "schnell")
+    argv = command(place, tmp_path / "out", "style_aligned", "--reference-prompt", "a painting")
+    argv[argv.index("--model") + 1] = str(tmp_path / "schnell")
+    assert cli.main([*argv, "--guidance", "3"]) == 2
+    assert "distilled without a guidance scale" in capsys.readouterr().err
+    assert cli.main(argv) == 0
+    sampling = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["sampling"]
+    assert sampling["guidance_scale"] == 0.0
+
+
+def test_explain_and_doctor(place, capsys, monkeypatch):
+    from styleattn.pipelines import doctor
+
+    argv = ["explain", "--model", str(place / "model"), "--device", "cpu", "--method"]
+    assert cli.main([*argv, "aligned_gen"]) == 0
+    assert "single_transformer_blocks.1.attn" in capsys.readouterr().out
+    more = ["--reference", place / "a.png", "--adapter", place / "redux.safetensors"]
+    more += ["--image-encoder", place / "siglip"]
+    assert cli.main([*argv, "redux", *map(str, more)]) == 0
+    assert "redux" in capsys.readouterr().out
+    monkeypatch.setattr(doctor, "_EXAMINERS", ())
+    assert cli.main(["doctor", "--model", str(place / "model")]) == 0
+    text = capsys.readouterr().out
+    assert "FLUX transformer" in text and "stylize has style_aligned, aligned_gen" in text
+    assert cli.main(["doctor", "--model", str(place)]) == 1
+    assert "broken  model" in capsys.readouterr().out
