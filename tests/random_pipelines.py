@@ -138,19 +138,26 @@ def sdxl(scheduler: Any = None, **changes: Any) -> Any:
     return pipe
 
 
-def sdxl_controlnet(scheduler: Any = None) -> Any:
-    """SDXL with a ControlNet whose zero convolutions were made to speak."""
-    from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline
+def controlnet(**changes: Any) -> Any:
+    """SDXL's, with zero convolutions that were made to speak."""
+    from diffusers import ControlNetModel
 
     torch.manual_seed(4)
     leave_out = ("sample_size", "out_channels", "up_block_types")
-    config = {key: value for key, value in XL.items() if key not in leave_out}
+    config = {key: value for key, value in {**XL, **changes}.items() if key not in leave_out}
     net = ControlNetModel(**config, conditioning_embedding_out_channels=(16, 32)).eval()
     for name, parameter in net.named_parameters():
         if "controlnet_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
+    return net
+
+
+def sdxl_controlnet(scheduler: Any = None) -> Any:
+    """SDXL with a ControlNet."""
+    from diffusers import StableDiffusionXLControlNetPipeline
+
     pipe = StableDiffusionXLControlNetPipeline(
-        **sdxl_parts(scheduler), controlnet=net, add_watermarker=False
+        **sdxl_parts(scheduler), controlnet=controlnet(), add_watermarker=False
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

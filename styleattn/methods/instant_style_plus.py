@@ -21,8 +21,8 @@ class InstantStylePlus(ImageDriven):
         out = Attn(Q, text) + content_scale * Attn(Q, content) + style_scale * Attn(Q, style)
 
     The content acts at every cross-attention layer, the style in the style block alone. The rest is
-    the recipe's (`styleattn stylize --method instant_style_plus`): the content's noise by ReNoise, a
-    tile ControlNet where the pipeline has one, and the guidance by CSD, which may be off:
+    the recipe's (`styleattn stylize --method instant_style_plus`): the content's noise by ReNoise,
+    a tile ControlNet where the pipeline has one, and the guidance by CSD, which may be off:
 
         eps <- eps - sqrt(1 - abar_t) * grad_x [ style_guidance * <s(x), s_style>
                                                   + content_guidance * <c(x), c_content> ]
