@@ -19,7 +19,7 @@ from styleattn.methods._base import Number, off
 from styleattn.methods._blocks import BlockMethod
 from styleattn.methods._images import Images
 from styleattn.methods._joint import ContextMethod, JointCall, JointMethod, PanelMethod, Tokens
-from styleattn.references import Reference
+from styleattn.references import Reference, StyleBank
 
 from . import _caller
 from ._caller import Caller
@@ -28,10 +28,16 @@ from ._flux_attention import OURS, JointSite
 from ._flux_blocks import BlockPlace, hook, unhook
 from ._flux_panels import PanelOrder, Panels
 from ._flux_places import Moved, share_of
+from ._flux_rows import FluxRowMaker, images_of_prompts, without_control
 from ._prompts import Prompts
 
 PARAMETERS = tuple(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
-RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
+
+
+def reads_rows(method: Any) -> bool:
+    """Whether a method of joint attention reads other images of the batch."""
+    others = (ContextMethod, Images, PanelMethod, BlockMethod)
+    return isinstance(method, JointMethod) and not isinstance(method, others)
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class FluxController(Controller):
     """Styles one FLUX transformer.
 
     Args:
-        methods, references, backend, pipe, prompts: as for any controller.
+        methods, references, bank, backend, pipe, prompts: as for any controller.
         contexts: per method, the tokens [P, M, C] of every reference; empty for methods whose
             references are rows.
     """
@@ -72,6 +78,7 @@ class FluxController(Controller):
         methods: Sequence[Any],
         references: Sequence[tuple[Reference, ...]],
         contexts: Sequence[tuple[Tensor, ...]],
+        bank: StyleBank | None,
         backend: str | None,
         pipe: Any = None,
         prompts: Prompts | None = None,
@@ -81,6 +88,7 @@ class FluxController(Controller):
         in_rows = [i for i in range(len(self.methods)) if self.in_rows(i)]
         self.wanted = max((len(references[i]) for i in in_rows), default=0)
         self.control = any(self.methods[i].control_reference for i in in_rows)
+        self.bank_rows = None if bank is None else FluxRowMaker(bank, self.control)
         self._known_ids: tuple[Any, int, int] | None = None
         self.places: list[tuple[torch.nn.Module, BlockPlace]] = []
         self.order = PanelOrder(self.methods)
@@ -92,8 +100,7 @@ class FluxController(Controller):
 
     def in_rows(self, method: int) -> bool:
         """Whether the references of a method are rows of the batch."""
-        others = (ContextMethod, Images, PanelMethod, BlockMethod)
-        return not isinstance(self.methods[method], others)
+        return reads_rows(self.methods[method])
 
     def works(self, site: JointSite) -> bool:
         """Whether a method is at work on a layer; if not it is left as it was."""
@@ -128,7 +135,7 @@ class FluxController(Controller):
     ) -> Iterator[tuple[JointMethod, JointCall]]:
         """What every method of a layer is asked now."""
         now = self.running()
-        device = tokens["image"].query.device
+        device = tokens["image"].value.device
         for entry in self.order.last(site.entries):
             index = entry.method
             if isinstance(self.methods[index], Images) or not self._active(site, entry, now):
@@ -180,22 +187,18 @@ class FluxController(Controller):
         image, batch = inputs["hidden_states"], inputs["hidden_states"].shape[0]
         gates, weights = self._schedule(level, caller)
         each = caller.images_per_prompt
-        references = caller.references or tuple(r * each for r in range(self.wanted))
-        self._check_rows(references, self.wanted, batch)
-        rows = Rows(1, batch, references, caller.unconditional)
+        inputs, rows = self._with_rows(inputs, caller, level)
+        added = rows.count - batch
         if not torch.compiler.is_compiling():
             for _, place in self.places:
                 place.ready(image.device, image.dtype)
-        if references and not self.control:
-            inputs = _without_control(inputs, references, batch)
-        inputs = _images_of_prompts(inputs, batch, each)
         ids = inputs["img_ids"]
         made = self._generated(ids, image.shape[1])
         inputs, panels = self.order.arrange(self.methods, inputs, made)
         ids = inputs["img_ids"]
         ids = ids[0] if ids.ndim == 3 else ids
         lengths = {"text": text.shape[1]}
-        inputs, runs = self._extend(inputs, lengths, gates, weights, rows, each)
+        inputs, runs = self._extend(inputs, lengths, gates, weights, rows, added, each)
         lengths["image"] = made
         if made != image.shape[1]:
             lengths["reference"] = image.shape[1] - made
@@ -204,7 +207,7 @@ class FluxController(Controller):
             gates,
             weights,
             (0, 0),
-            0,
+            added,
             each,
             lengths,
             runs,
@@ -214,6 +217,23 @@ class FluxController(Controller):
             panels,
         )
         return (), inputs
+
+    def _with_rows(
+        self, inputs: dict[str, Any], caller: Caller, level: Any
+    ) -> tuple[dict[str, Any], Rows]:
+        """The call with the bank's rows, and what its rows are."""
+        batch, each = inputs["hidden_states"].shape[0], caller.images_per_prompt
+        inputs, added = images_of_prompts(inputs, batch, each), 0
+        if self.bank_rows is not None:
+            added = self.bank_rows.count
+            references: tuple[int, ...] = tuple(range(added))
+            inputs = self.bank_rows.add(inputs, caller, level)
+        else:
+            references = caller.references or tuple(r * each for r in range(self.wanted))
+            if references and not self.control:
+                inputs = without_control(inputs, references, batch)
+        self._check_rows(references, self.wanted, batch + added)
+        return inputs, Rows(1, batch + added, references, caller.unconditional)
 
     def install(self, model: torch.nn.Module) -> None:
         """Processors and hooks, those behind blocks too."""
@@ -232,10 +252,12 @@ class FluxController(Controller):
         return tuple(map(_varying, gates)), tuple(tuple(map(_varying, w)) for w in weights)
 
     def after(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook: the image's tokens as they came."""
+        """Forward hook: the image's tokens as they came, without the bank's rows."""
         now, self.now = self.now, None
-        panels = now.panels if isinstance(now, FluxNow) else None
-        return None if panels is None else panels.restored(output)
+        if not isinstance(now, FluxNow):
+            return None
+        output = output if now.panels is None else now.panels.restored(output)
+        return output if self.bank_rows is None else self.bank_rows.strip(output)
 
     def _caller(self, module: Any, timestep: Any, text: Tensor) -> tuple[Caller, Any]:
         """Who calls, and the noise level as the scheduler has it (0 to 1000)."""
@@ -289,6 +311,7 @@ class FluxController(Controller):
         gates: tuple[Number, ...],
         weights: tuple[tuple[Number, ...], ...],
         rows: Rows,
+        added: int,
         each: int,
     ) -> tuple[dict[str, Any], tuple[tuple[str | None, ...], ...]]:
         """The call with the tokens of context methods behind the text: of references that can be
@@ -304,7 +327,7 @@ class FluxController(Controller):
                     continue
                 found = tokens.to(text.device, text.dtype)
                 found = self.methods[i].weighed(found, weight * gates[i] * weights[i][r])
-                more.append(_spread(found, rows.count, each, self.methods[i].name))
+                more.append(_spread(found, rows.count, added, each, self.methods[i].name))
                 names[r] = f"{self.methods[i].name} {i}.{r}"
                 lengths[names[r]] = tokens.shape[1]  # type: ignore[index]
             runs.append(tuple(names))
@@ -337,65 +360,31 @@ def _from_running(
 
 
 def _served(reference: Reference, now: FluxNow) -> Tensor | None:
-    """The rows of a reference's run, one for every row of the call; -1 where it is not seen."""
-    if reference.prompts is None:
+    """The rows of a reference's run, one for every row of the call; -1 where it is not seen, as by
+    a bank's references. None: every row sees its own."""
+    prompts, found = reference.prompts, []
+    if prompts is None and not now.added:
         return None
-    rows = range(now.rows.count)
-    return torch.tensor([b if b // now.each in reference.prompts else -1 for b in rows])
+    for b in range(now.rows.count):
+        prompt = (b - now.added) // now.each
+        seen = prompt >= 0 and (prompts is None or prompt in prompts)
+        found.append(b if seen else -1)
+    return torch.tensor(found)
 
 
-def _spread(tokens: Tensor, batch: int, each: int, name: str) -> Tensor:
-    """[B, M, C]: tokens of one picture, or of one per prompt, for every row.
+def _spread(tokens: Tensor, batch: int, added: int, each: int, name: str) -> Tensor:
+    """[B, M, C]: tokens of one picture, or of one per prompt, for every row; the rows that a bank
+    added, which do not see them, carry the first.
 
     Raises:
         ValueError: another number of pictures.
     """
     if tokens.shape[0] == 1:
         return tokens.expand(batch, -1, -1)
-    if tokens.shape[0] * each != batch:
+    if tokens.shape[0] * each != batch - added:
         raise ValueError(
-            f"{name}: embeddings of {tokens.shape[0]} pictures for {batch // each} prompts; give"
-            " one picture, or one per prompt"
+            f"{name}: embeddings of {tokens.shape[0]} pictures for {(batch - added) // each}"
+            " prompts; give one picture, or one per prompt"
         )
-    return tokens.repeat_interleave(each, 0)
-
-
-def _images_of_prompts(inputs: dict[str, Any], batch: int, each: int) -> dict[str, Any]:
-    """The call with every prompt's own image embeddings, where an adapter gets one per prompt.
-
-    diffusers repeats a batch of embeddings as a whole for every row, [p0, p1, p0, p1, ..], and then
-    shows every row all of them; the rows need [p0, .., p1, ..].
-
-    Raises:
-        ValueError: a number of embeddings that fits no prompts.
-    """
-    kwargs = inputs.get("joint_attention_kwargs") or {}
-    given = kwargs.get("ip_adapter_image_embeds")
-    if not isinstance(given, (list, tuple)) or all(x.shape[0] == batch for x in given):
-        return inputs
-    chosen = []
-    for n, x in enumerate(given):
-        prompts, rest = divmod(x.shape[0], batch)
-        if x.shape[0] != batch and (rest or prompts * each != batch):
-            raise ValueError(
-                f"styleattn: {x.shape[0]} image embeddings of IP-Adapter {n} for {batch} rows; give"
-                " one for all prompts or one per prompt"
-            )
-        chosen.append(x if x.shape[0] == batch else x[:prompts].repeat_interleave(each, 0))
-    return {**inputs, "joint_attention_kwargs": {**kwargs, "ip_adapter_image_embeds": chosen}}
-
-
-def _without_control(
-    inputs: dict[str, Any], references: Sequence[int], batch: int
-) -> dict[str, Any]:
-    """The call with ControlNet's residuals taken off the reference rows."""
-    inputs = dict(inputs)
-    for name in RESIDUALS:
-        given = inputs.get(name)
-        if given is None:
-            continue
-        mine = torch.tensor([b in references for b in range(batch)], device=given[0].device)
-        inputs[name] = type(given)(
-            x.masked_fill(mine[:, None, None], 0.0) if x.shape[0] == batch else x for x in given
-        )
-    return inputs
+    first = tokens[:1].expand(added, -1, -1)
+    return torch.cat([first, tokens.repeat_interleave(each, 0)])

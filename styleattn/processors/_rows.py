@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from styleattn.references import StyleBank
+from styleattn.references import Reference, StyleBank
 
 from ._caller import Caller
 
@@ -25,6 +25,34 @@ RESIDUALS = (
 def named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a UNet call by name."""
     return {**dict(zip(PARAMETERS, args, strict=False)), **kwargs}
+
+
+def references_in_rows(method: Any, bank: StyleBank | None) -> tuple[Reference, ...]:
+    """The references of a method whose references are rows: its own, the bank's, or plain ones.
+
+    Raises:
+        ValueError: references that need a bank, or a bank of another number.
+    """
+    own, roles = method.references, getattr(method, "ROLES", ())
+    if bank is None:
+        for r in own or ():
+            if r.image is not None or r.latents is not None:
+                raise ValueError(
+                    f"{method.name}: a Reference with a picture or latents needs a bank:"
+                    " styleattn.build_bank"
+                )
+        return own or tuple(Reference() for _ in roles or ("style",))
+    if own is None and roles and len(bank.references) != len(roles):
+        raise ValueError(
+            f"{method.name} needs a bank of {len(roles)} references ({', '.join(roles)}), this one"
+            f" has {len(bank.references)}"
+        )
+    if own is not None and len(own) != len(bank.references):
+        raise ValueError(
+            f"{method.name} has {len(own)} references, the bank {len(bank.references)}; leave them"
+            " out to use the bank's"
+        )
+    return own or bank.references
 
 
 class RowMaker:

@@ -23,12 +23,13 @@ from ._attention import STATE
 from ._cross import Entry
 from ._flux_attention import OURS, REPLACEABLE, FluxStyleProcessor, JointSite
 from ._flux_blocks import block_places, with_identity
-from ._flux_controller import FluxController
+from ._flux_controller import FluxController, reads_rows
 from ._flux_panels import check_panels
 from ._flux_prompts import flux_prompts_of
 from ._layers import layer_weights
-from ._pictures import Eye
+from ._pictures import Eye, kept_adapter
 from ._prompts import Prompts
+from ._rows import references_in_rows
 
 SUPPORTED = "FluxTransformer2DModel (pipelines of FLUX.1)"
 COMPONENT = "transformer"
@@ -41,9 +42,20 @@ def matches(model: object) -> bool:
 
 
 def joint_attention_layers(model: FluxTransformer2DModel) -> dict[str, FluxAttention]:
-    """The joint attention modules by path: double blocks, then single blocks."""
+    """The joint attention modules by path: double blocks, then single blocks.
+
+    Raises:
+        TypeError: attention modules of another library, whose inside is not diffusers'.
+    """
     names = [name.removesuffix(".processor") for name in model.attn_processors]
     found = {name: model.get_submodule(name) for name in names}
+    others = [attn for attn in found.values() if not isinstance(attn, FluxAttention)]
+    if others or not found:
+        kinds = ", ".join(sorted({type(attn).__name__ for attn in others})) or "none of diffusers'"
+        raise TypeError(
+            f"styleattn cannot style this {type(model).__name__}: {len(others)} of its {len(found)}"
+            f" attention layers are {kinds}, not FluxAttention"
+        )
     return {name: attn for name, attn in found.items() if isinstance(attn, FluxAttention)}
 
 
@@ -57,17 +69,14 @@ def plan(
     """Everything that will be installed; touches nothing.
 
     Raises:
-        ValueError: layers or references that do not fit the model, a bank, or methods that exclude
+        ValueError: layers, references or a bank that do not fit the model, or methods that exclude
             each other on a layer.
         TypeError: attention processors that compute something of their own.
     """
     if bank is not None:
-        raise ValueError(
-            "banks hold the trajectories of UNets; on FLUX the references are the call's first"
-            " prompts, or come with the method"
-        )
+        _check_bank(model, bank, methods)
     check_panels(methods, model, pipe)
-    references = [_references(m) for m in methods]
+    references = [_references(m, bank) for m in methods]
     contexts = [_contexts(m, r, model, pipe) for m, r in zip(methods, references, strict=True)]
     layers = joint_attention_layers(model)
     prompts = {
@@ -75,7 +84,9 @@ def plan(
         for i, m in enumerate(methods)
         if isinstance(m, Images)
     }
-    controller = FluxController(methods, references, contexts, backend, pipe, Prompts(prompts))
+    controller = FluxController(
+        methods, references, contexts, bank, backend, pipe, Prompts(prompts)
+    )
     controller.places = block_places(controller, model)
     for i, method in enumerate(methods):
         if isinstance(method, BlockMethod):
@@ -145,8 +156,8 @@ def _base(name: str, attn: Any) -> Any:
     return found
 
 
-def _references(method: Any) -> tuple[Reference, ...]:
-    """The references of a method: its own, or one plain one."""
+def _references(method: Any, bank: StyleBank | None) -> tuple[Reference, ...]:
+    """The references of a method: its own, the bank's, or plain ones."""
     own: tuple[Reference, ...] | None = method.references
     if isinstance(method, (Images, PanelMethod)):
         return own or ()
@@ -156,12 +167,39 @@ def _references(method: Any) -> tuple[Reference, ...]:
         if not own or any(r.embeds is None and r.image is None for r in own):
             raise ValueError(f"{method.name} needs references, each with a picture or embeds")
         return own
-    if any(x is not None for r in own or () for x in (r.image, r.latents, r.embeds)):
+    if any(r.embeds is not None for r in own or ()):
         raise ValueError(
-            f"{method.name} on FLUX takes its references from the call's first prompts; a Reference"
-            " with a picture, latents or embeds is not supported"
+            f"{method.name} reads other images of the batch; a Reference with embeds is not for it"
         )
-    return own or (Reference(),)
+    return references_in_rows(method, bank)
+
+
+def _check_bank(model: FluxTransformer2DModel, bank: StyleBank, methods: Sequence[Any]) -> None:
+    config: Any = model.config
+    reasons = []
+    if any(labels != "flow" for labels in bank.metadata.get("labels", ())):
+        reasons.append("its latents are those of a diffusion model, not of a flow")
+    channels = 4 * bank.latents.shape[2]
+    if channels != config.in_channels:
+        reasons.append(
+            f"its packed latents have {channels} channels, the model {config.in_channels}"
+        )
+    for name, known in (
+        ("prompt_embeds", config.joint_attention_dim),
+        ("text_embeds", config.pooled_projection_dim),
+    ):
+        told = bank.conditions.get(name)
+        if told is None or f"negative_{name}" not in bank.conditions:
+            reasons.append(f"it lacks {name} or negative_{name}, which this model needs")
+        elif told.shape[-1] != known:
+            reasons.append(f"its {name} are {told.shape[-1]} wide, the model's {known}")
+    if reasons:
+        raise ValueError("the bank was made for another model: " + "; ".join(reasons))
+    if not any(map(reads_rows, methods)):
+        names = ", ".join(m.name for m in methods)
+        raise ValueError(
+            f"{names}: nothing here reads other images of the batch, so a bank is of no use"
+        )
 
 
 def _contexts(
@@ -173,7 +211,8 @@ def _contexts(
     config: Any = model.config
     adapter: Any = getattr(method, "adapter", None)
     if isinstance(adapter, (str, os.PathLike)):
-        adapter = load_redux(adapter, dtype=model.dtype)
+        dtype = model.dtype
+        adapter = kept_adapter(method, (dtype,), lambda path: load_redux(path, dtype=dtype))
     found = []
     for r in references:
         tokens = method.context(_embeds(method, adapter, r, pipe))

@@ -13,7 +13,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
 from styleattn.methods import EncoderMethod, Layer, Method
-from styleattn.references import Reference, StyleBank
+from styleattn.references import StyleBank
 
 from ._attention import REPLACEABLE, STATE, Site
 from ._caller import unwrapped
@@ -24,6 +24,7 @@ from ._cross import CrossSite, Entry
 from ._layers import layer_weights
 from ._pictures import adapter_of
 from ._prompts import Prompts, prompts_of
+from ._rows import references_in_rows
 
 SUPPORTED = "UNet2DConditionModel (pipelines of Stable Diffusion 1.x, 2.x and XL)"
 COMPONENT = "unet"
@@ -69,7 +70,8 @@ def plan(
         TypeError: attention processors that compute something of their own.
     """
     references = [
-        _references(m, bank) if isinstance(m, Method) else m.references or () for m in methods
+        references_in_rows(m, bank) if isinstance(m, Method) else m.references or ()
+        for m in methods
     ]
     if bank is not None:
         _check_bank(model, bank)
@@ -231,30 +233,6 @@ def _base(name: str, attn: Attention, replaceable: tuple[type, ...]) -> Any:
             f" stands in for {', '.join(t.__name__ for t in replaceable)}"
         )
     return found
-
-
-def _references(method: Method, bank: StyleBank | None) -> tuple[Reference, ...]:
-    """The references of a method: its own, the bank's, or one plain one."""
-    own, roles = method.references, getattr(method, "ROLES", ())
-    if bank is None:
-        for r in own or ():
-            if r.image is not None or r.latents is not None:
-                raise ValueError(
-                    f"{method.name}: a Reference with a picture or latents needs a bank:"
-                    " styleattn.build_bank"
-                )
-        return own or tuple(Reference() for _ in roles or ("style",))
-    if own is None and roles and len(bank.references) != len(roles):
-        raise ValueError(
-            f"{method.name} needs a bank of {len(roles)} references ({', '.join(roles)}), this one"
-            f" has {len(bank.references)}"
-        )
-    if own is not None and len(own) != len(bank.references):
-        raise ValueError(
-            f"{method.name} has {len(own)} references, the bank {len(bank.references)}; leave them"
-            " out to use the bank's"
-        )
-    return own or bank.references
 
 
 def _check_bank(model: UNet2DConditionModel, bank: StyleBank) -> None:

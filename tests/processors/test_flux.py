@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_flux import (
 from PIL import Image
 from random_flux import PICTURE, PROMPTS, TOKENS, processors, relative, run
 
-from styleattn.methods import Redux, StyleAligned, StyleID
+from styleattn.methods import Redux, StyleAligned, ZStar
 from styleattn.processors import apply, explain, remove
 from styleattn.processors._flux_attention import FluxStyleIPAdapterProcessor, FluxStyleProcessor
 from styleattn.references import Reference
@@ -80,10 +80,10 @@ def test_explain(pipe):
 def test_what_does_not_fit_is_refused_whole(pipe):
     before = processors(pipe)
     refused = [
-        (TypeError, "style_id does not work on a FluxTransformer2DModel", StyleID(), None),
+        (TypeError, "z_star does not work on a FluxTransformer2DModel", ZStar(), None),
         (ValueError, "matches no attention layer", StyleAligned(layers="up_blocks"), None),
         (ValueError, "known for SDXL", StyleAligned(layers="style"), None),
-        (ValueError, "first prompts", StyleAligned(references=(Reference(image="a.png"),)), None),
+        (ValueError, "needs a bank", StyleAligned(references=(Reference(image="a.png"),)), None),
     ]
     for error, words, method, bank in refused:
         with pytest.raises(error, match=words):
