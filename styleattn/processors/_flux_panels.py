@@ -3,6 +3,7 @@ behind it."""
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Panels:
     def restored(self, output: Any) -> Any:
         """The transformer's output with its tokens as they came."""
         if self.inverse is None:
-            return None
+            return output
         if isinstance(output, tuple):
             return (output[0].index_select(1, self.inverse), *output[1:])
         return type(output)(sample=output.sample.index_select(1, self.inverse))
@@ -138,15 +139,20 @@ def check_panels(methods: Sequence[Any], model: Any, pipe: Any) -> None:
     if len(parting) > 1:
         names = " and ".join(m.name for m in parting)
         raise ValueError(f"{names} part the image's tokens, each its own way; apply one of them")
-    config = model.config
-    out = config.out_channels or config.in_channels
-    if not parting or config.in_channels > 2 * out:
-        return
-    reasons = [
-        f"its transformer takes {config.in_channels} channels for {out}: latents"
-        + (" and a picture," if config.in_channels == 2 * out else ",")
-        + " without a mask"
-    ]
-    if pipe is not None:
-        reasons.insert(0, f"a {type(pipe).__name__} does not paint into a masked picture")
-    raise TypeError(f"{parting[0].name} needs FLUX.1 Fill (FluxFillPipeline): {'; '.join(reasons)}")
+    reasons = against_filling(model, pipe) if parting else []
+    if reasons:
+        raise TypeError(f"{parting[0].name} needs FLUX.1 Fill: {'; '.join(reasons)}")
+
+
+def against_filling(model: Any, pipe: Any = None) -> list[str]:
+    """Why a FLUX transformer, or the pipeline around it, does not paint into a masked picture."""
+    reasons = []
+    if pipe is not None and "mask_image" not in inspect.signature(type(pipe).__call__).parameters:
+        reasons.append(f"a {type(pipe).__name__} takes no masks")
+    config = getattr(model, "config", None)
+    channels = getattr(config, "in_channels", 0)
+    latents = getattr(config, "out_channels", None) or channels
+    if channels <= 2 * latents:
+        what = "latents and a picture" if channels == 2 * latents else "latents"
+        reasons.append(f"its transformer has {channels} channels, for {what} without a mask")
+    return reasons
