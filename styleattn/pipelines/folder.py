@@ -177,6 +177,7 @@ def _check(
     check_sampling(pipe, job.sampling)
     if offset is not None and not 0 <= offset < steps:
         raise ValueError(f"offset must lie in 0..{steps - 1}, got {offset}")
+    recipe.check(job)
     apply(pipe, job.method, backend=job.backend).remove()
     status = None if job.backend is None else backends()[job.backend]
     if status is not None and not status.available:

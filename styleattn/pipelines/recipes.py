@@ -56,11 +56,22 @@ class Recipe:
     @property
     def draw(self) -> Callable[[Drawing], list[Image.Image]]:
         """What makes a batch of pictures."""
-        module, name = self.home.split(":")
-        function: Callable[[Drawing], list[Image.Image]] = getattr(
-            import_module(f"styleattn.pipelines.{module}"), name
-        )
+        function: Callable[[Drawing], list[Image.Image]] = _at(self.home)
         return function
+
+    def check(self, job: Any) -> None:
+        """Refuse a job that its method cannot do.
+
+        Raises:
+            ValueError, OSError: what is wrong.
+        """
+        if self.checked:
+            _at(self.checked)(job)
+
+
+def _at(home: str) -> Any:
+    module, name = home.split(":")
+    return getattr(import_module(f"styleattn.pipelines.{module}"), name)
 
 
 # Each latent of a reference row has the noise level that the UNet is told; no guidance.

@@ -209,14 +209,14 @@ def recomputed(layers: Iterable[torch.nn.Module]) -> Iterator[None]:
     chosen = tuple(layers)
     before = [layer.__dict__.get("forward") for layer in chosen]
     for layer in chosen:
-        layer.forward = _again(layer.forward)  # type: ignore[method-assign]
+        layer.forward = _again(layer.forward)
     try:
         yield
     finally:
         for layer, forward in zip(chosen, before, strict=True):
             del layer.forward
             if forward is not None:
-                layer.forward = forward  # type: ignore[method-assign]
+                layer.forward = forward
 
 
 def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
