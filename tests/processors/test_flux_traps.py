@@ -22,12 +22,13 @@ from random_flux import (
     run,
 )
 
-from styleattn.methods import Redux, StyleAligned
+from styleattn.methods import IPAdapter, Redux, StyleAligned
 from styleattn.processors import apply, remove
 from styleattn.processors._flux_attention import FluxStyleIPAdapterProcessor
 from styleattn.references import Reference
 
 torch.set_num_threads(1)
+GUIDED = {"negative_prompt": ["ugly"] * 3, "true_cfg_scale": 2.0}
 STYLE = StyleAligned(shared_score_shift=0.3)
 REDUX = Redux(references=(Reference(embeds=TOKENS, weight=0.6),))
 
@@ -40,6 +41,22 @@ def shared():
 @pytest.fixture
 def pipe():
     return random_flux.flux()
+
+
+@pytest.fixture(scope="module")
+def xlabs(shared, tmp_path_factory):
+    from safetensors.torch import save_file
+
+    parts = random_flux.ip_adapter(shared.transformer)
+    path = tmp_path_factory.mktemp("xlabs") / "adapter.safetensors"
+    save_file({f"{part}.{n}": t for part, x in parts.items() for n, t in x.items()}, path)
+    return path
+
+
+def shown(path):
+    """An adapter from a file, shown a picture."""
+    picture = Reference(embeds=EACH[0, 0], negative=torch.zeros(32))
+    return IPAdapter(adapter=path, references=(picture,))
 
 
 # IP-Adapters that diffusers loads
@@ -148,6 +165,56 @@ def test_ip_adapter_without_image_says_so(pipe):
         run(pipe)
 
 
+def test_two_ip_adapters_with_scales_of_their_own(pipe):
+    """A list per adapter, one number per double block: what diffusers writes on our stand-ins."""
+    load_ip_adapter(pipe, seeds=(0, 1))
+    scales = [[0.7, 0.0], [0.2, 0.9]]
+    given = {"ip_adapter_image_embeds": [EACH[:1], EACH[1:2]]}
+    given["negative_ip_adapter_image_embeds"] = [torch.zeros(1, 1, 32)] * 2
+    pipe.set_ip_adapter_scale(scales)
+    expected = run(pipe, **given)
+    pipe.set_ip_adapter_scale([0.5, 0.5])
+    assert relative(run(pipe, **given), expected) > 1e-3
+    with apply(pipe, FAINT):
+        pipe.set_ip_adapter_scale(scales)
+        assert relative(run(pipe, **given), expected) <= 1e-5
+
+
+# What diffusers does to processors
+
+
+def test_processors_that_are_replaced(pipe):
+    """The style is put back, and says so once; slicing is not FLUX's and changes nothing."""
+    with apply(pipe, STYLE):
+        expected = run(pipe)
+        pipe.enable_attention_slicing()
+        assert torch.equal(run(pipe), expected)
+        pipe.disable_attention_slicing()
+        pipe.transformer.set_attn_processor(FluxAttnProcessor())
+        with pytest.warns(UserWarning, match="replaced by FluxAttnProcessor"):
+            assert torch.equal(run(pipe), expected)
+
+
+class Packed(torch.nn.Module):
+    """Attention of another library: nunchaku's, for example."""
+
+    def get_processor(self):
+        return object()
+
+    def set_processor(self, processor):
+        raise AssertionError("touched")
+
+
+def test_attention_of_other_libraries_is_refused_whole(pipe):
+    before = processors(pipe)
+    block = pipe.transformer.single_transformer_blocks[1]
+    block.attn = Packed()
+    with pytest.raises(TypeError, match="1 of its 4 attention layers are Packed"):
+        apply(pipe, STYLE)
+    kept = [n for n in before if not n.startswith("single_transformer_blocks.1")]
+    assert all(processors(pipe)[n] is before[n] for n in kept)
+
+
 # What diffusers does to projections
 
 
@@ -188,42 +255,62 @@ def test_lora_on_and_off_is_seen(pipe):
         assert relative(run(pipe), plain) <= 1e-5
 
 
-class Quantised(torch.nn.Module):
-    """A linear layer that computes, and whose weight nobody may read."""
+def test_fusing_after_a_lora(pipe):
+    """diffusers leaves the LoRA out then, as it does without us."""
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v"])
+    pipe.transformer.add_adapter(config)
+    with apply(pipe, FAINT):
+        with_lora = run(pipe)
+    pipe.transformer.fuse_qkv_projections()
+    expected = run(pipe)
+    assert relative(expected, with_lora) > 1e-3
+    with apply(pipe, FAINT):
+        assert relative(run(pipe), expected) <= 1e-5
+
+
+class Quantised(torch.nn.Linear):
+    """A linear layer that computes, and whose weight nobody may read, as torchao's and GGUF's."""
 
     def __init__(self, inner):
-        super().__init__()
+        torch.nn.Module.__init__(self)
         object.__setattr__(self, "inner", inner)
 
     @property
     def weight(self):
         raise NotImplementedError("a quantised weight was read")
 
+    bias = weight
+
     def forward(self, x):
         return self.inner(x)
 
 
-def test_weights_are_never_read(pipe):
-    with apply(pipe, STYLE, REDUX):
+def test_weights_are_never_read(pipe, xlabs):
+    methods = (STYLE, REDUX, shown(xlabs))
+    with apply(pipe, *methods):
         expected = run(pipe)
     for module in list(pipe.transformer.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, torch.nn.Linear) and (name.startswith(("to_", "add_"))):
                 setattr(module, name, Quantised(child))
-    with apply(pipe, STYLE, REDUX):
+    with apply(pipe, *methods):
         assert torch.equal(run(pipe), expected)
 
 
-def test_layerwise_casting(pipe):
+def test_layerwise_casting(pipe, xlabs):
     pipe.transformer.enable_layerwise_casting(
         storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
     )
     plain = run(pipe)
     with apply(pipe, FAINT):
         assert relative(run(pipe), plain) <= 1e-5
-    with apply(pipe, STYLE) as handle:
+    with apply(pipe, STYLE, REDUX, shown(xlabs)) as handle:
         assert relative(run(pipe), plain) > 1e-3
-        assert "by device" not in {r.layer for r in handle.explain().rows}
+        (prompt,) = handle._controller.prompts.of[2]
+        assert prompt.tokens.dtype == torch.float32  # its file is not read into the storage's type
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -244,10 +331,11 @@ def test_sequential_offload(pipe, order):
 
 
 @pytest.mark.parametrize("level", ["leaf_level", "block_level"])
-def test_group_offload(pipe, level):
-    with apply(pipe, STYLE, REDUX):
+def test_group_offload(pipe, level, xlabs):
+    methods = (STYLE, REDUX, shown(xlabs))
+    with apply(pipe, *methods):
         expected = run(pipe)
-    with apply(pipe, STYLE, REDUX):
+    with apply(pipe, *methods):
         pipe.transformer.enable_group_offload(
             onload_device=torch.device("cpu"),
             offload_device=torch.device("cpu"),
