@@ -43,19 +43,30 @@ def high_width(head_dim):
 
 
 # Classes of head dimensions: the first limit that the widths do not exceed.
-_WIDTHS = (64, 128, 192, 256)
+_WIDTHS = (64, 96, 128, 192, 256)
+
+_NVIDIA = ("sm_80", "sm_89", "sm_90", "sm_100")
+_FP32 = (
+    Tile(32, 32, 4, 1),
+    Tile(32, 32, 8, 1),
+    Tile(32, 32, 8, 1),
+    Tile(32, 16, 8, 1),
+    Tile(32, 16, 8, 1),
+)
 
 # (architecture, bytes per element) -> one Tile per width class. The sm_90 rows at 64 and 128 are
 # those whose loop overlaps the softmax with the products of the next step; fp32 runs on the
 # ordinary cores (exact), with small tiles.
-TILES: dict[tuple[str, int], tuple[Tile, Tile, Tile, Tile]] = {
+TILES: dict[tuple[str, int], tuple[Tile, Tile, Tile, Tile, Tile]] = {
     ("sm_80", 2): (
+        Tile(128, 64, 8, 2),
         Tile(128, 64, 8, 2),
         Tile(128, 64, 8, 2),
         Tile(128, 32, 8, 2),
         Tile(64, 64, 8, 2),
     ),
     ("sm_89", 2): (
+        Tile(128, 64, 8, 2),
         Tile(128, 64, 8, 2),
         Tile(128, 32, 8, 1),
         Tile(128, 32, 8, 2),
@@ -65,10 +76,12 @@ TILES: dict[tuple[str, int], tuple[Tile, Tile, Tile, Tile]] = {
         Tile(128, 128, 8, 2),
         Tile(128, 64, 8, 2),
         Tile(128, 64, 8, 2),
+        Tile(128, 64, 8, 2),
         Tile(64, 64, 8, 2),
     ),
     ("sm_100", 2): (
         Tile(128, 128, 8, 2),
+        Tile(128, 64, 8, 2),
         Tile(128, 64, 8, 2),
         Tile(128, 64, 8, 2),
         Tile(64, 64, 8, 2),
@@ -78,17 +91,21 @@ TILES: dict[tuple[str, int], tuple[Tile, Tile, Tile, Tile]] = {
         Tile(128, 32, 4, 1),
         Tile(128, 32, 4, 1),
         Tile(128, 32, 4, 1),
+        Tile(128, 32, 4, 1),
     ),
-    ("sm_80", 4): (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
-    ("sm_89", 4): (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
-    ("sm_90", 4): (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
-    ("sm_100", 4): (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
-    ("gfx942", 4): (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
-    ("interpreter", 2): (Tile(64, 32, 1, 1),) * 4,
-    ("interpreter", 4): (Tile(64, 32, 1, 1),) * 4,
+    **dict.fromkeys(((arch, 4) for arch in _NVIDIA), _FP32),
+    ("gfx942", 4): (
+        Tile(32, 32, 4, 1),
+        Tile(32, 32, 4, 1),
+        Tile(32, 32, 4, 1),
+        Tile(32, 16, 4, 1),
+        Tile(32, 16, 4, 1),
+    ),
+    ("interpreter", 2): (Tile(64, 32, 1, 1),) * 5,
+    ("interpreter", 4): (Tile(64, 32, 1, 1),) * 5,
 }
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = (*_NVIDIA, "gfx942")
 
 
 def cuda_arch(major: int, minor: int) -> str | None:
