@@ -20,6 +20,7 @@ from styleattn.methods._images import Images
 from styleattn.methods._joint import Tokens
 from styleattn.references import Reference
 
+from ._pictures import kept_adapter
 from ._prompts import Prompt, prompts_of, rows_of
 
 if TYPE_CHECKING:
@@ -43,9 +44,12 @@ def flux_prompts_of(
     adapter = method.adapter
     if isinstance(adapter, (str, os.PathLike)):
         config, width = model.config, model.inner_dim
-        sizes = [(name, width, config.joint_attention_dim) for name in layers]
-        adapter = load_flux_ip_adapter(
-            adapter, sizes, head_dim=config.attention_head_dim, dtype=model.dtype
+        sizes = tuple((name, width, config.joint_attention_dim) for name in layers)
+        more = {"head_dim": config.attention_head_dim, "dtype": model.dtype}
+        adapter = kept_adapter(
+            method,
+            (sizes, *more.values()),
+            lambda path: load_flux_ip_adapter(path, sizes, **more),
         )
     kind = getattr(adapter, "kind", None)
     if adapter is not None and kind not in INSIDE:
