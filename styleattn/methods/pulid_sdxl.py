@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from styleattn.branch import Branch, Segment
+from styleattn.references import Reference
 
 from ._cross import CrossCall, CrossParts, ImagePrompt
 from ._driven import ImageDriven, of_seeing, over_heads, weight_of, wide
@@ -35,6 +37,10 @@ class PuLIDSDXL(ImageDriven):
         ortho: "v2", "v1", or "" for none. The authors' "fidelity" is num_zero=8 with "v2", their
             "extremely style" num_zero=16 with "v1".
         adapter: what makes tokens and keys.
+        identity: a file of `styleattn.adapters.save_identity`, for references without picture and
+            embeds; without references it is the one.
+        faces: what makes the inputs of PuLID of a picture [H, W, 3] (uint8): a
+            `styleattn.adapters.faces.FaceAnalyser`. For references with a picture.
         layers, steps, references, image_encoder: as `ImageDriven`.
 
     Raises:
@@ -47,6 +53,8 @@ class PuLIDSDXL(ImageDriven):
     id_scale: float = 0.8
     num_zero: int = 8
     ortho: str = "v2"
+    identity: Any = None
+    faces: Any = None
 
     name: ClassVar[str] = "pulid_sdxl"
     NUMBERS: ClassVar[tuple[str, ...]] = ("id_scale",)
@@ -59,8 +67,26 @@ class PuLIDSDXL(ImageDriven):
         weights="guozinan/PuLID, Apache-2.0 as its code; InsightFace's embedding: research only",
     )
 
+    def __post_init__(self) -> None:
+        if self.identity is not None and self.references is None:
+            object.__setattr__(self, "references", (Reference(),))
+        super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain data; an analyser is none and becomes None."""
+        named = self.identity is not None
+        return {
+            **super().to_dict(),
+            "identity": os.fspath(self.identity) if named else None,
+            "faces": None,
+        }
+
     def _reasons(self) -> list[str]:
         reasons = []
+        if self.identity is not None and not isinstance(self.identity, (str, os.PathLike)):
+            reasons.append(f"identity must be a file, got a {type(self.identity).__name__}")
+        if self.faces is not None and not callable(self.faces):
+            reasons.append(f"faces must be callable, got a {type(self.faces).__name__}")
         zeros = self.num_zero
         if isinstance(zeros, bool) or not isinstance(zeros, int) or zeros < 0:
             reasons.append(f"num_zero must be an int >= 0, got {zeros!r}")

@@ -20,8 +20,9 @@ class StyleShot(ImageDriven):
     Args:
         scale: of the style; 0 is the model without it.
         adapter: what makes tokens and keys, as `load_styleshot` returns it.
-        layers, steps, references, image_encoder: as `ImageDriven`. References need `embeds`, the
-            outputs [3, 1024] of the style-aware encoder.
+        image_encoder: StyleShot's style-aware encoder (`styleattn.adapters`), or its file.
+        layers, steps, references: as `ImageDriven`. `embeds` are outputs [3, 1024] of the
+            style-aware encoder.
 
     Raises:
         ValueError: a knob that has no meaning; all reasons at once.

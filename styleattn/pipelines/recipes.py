@@ -35,6 +35,9 @@ class Recipe:
         shown: the reference pictures are shown to the method's image encoder.
         most: how many references there may be; 0 for any number.
         beside: references that are prompts are made next to the pictures, as a batch's first rows.
+        inverted: content pictures are inverted; else they are used as they are.
+        own_adapter: `--adapter` and `--image-encoder` are knobs of the method.
+        pipeline: the class that draws on FLUX.
         defaults: options that suit the method, below those of the embedded model.
         tiny: options that suit it on the embedded model.
         knobs: of the method, on full-sized models.
@@ -49,6 +52,9 @@ class Recipe:
     shown: bool = False
     most: int = 0
     beside: bool = False
+    inverted: bool = True
+    own_adapter: bool = True
+    pipeline: str = "FluxPipeline"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tiny: Mapping[str, Any] = field(default_factory=dict)
     knobs: Mapping[str, Any] = field(default_factory=dict)
@@ -129,6 +135,9 @@ RECIPES: dict[str, Recipe] = {
     "rb_modulation": Recipe(roles=(), shown=True, defaults={"guidance": 7.5}),
     "style_studio": Recipe(roles=(), shown=True, defaults={"guidance": 7.0}),
     "deadiff": Recipe(roles=(), shown=True, defaults={"guidance": 8.0}),
+    "style_shot": Recipe(roles=(), shown=True, defaults={"guidance": 7.5}),
+    # Its faces come in files of identities: --set identity=FILE.
+    "pulid_sdxl": Recipe(roles=(), defaults={"guidance": 7.0}),
 }
 
 
@@ -140,6 +149,18 @@ FLUX_RECIPES: dict[str, Recipe] = {
     "redux": Recipe(roles=(), shown=True, defaults=_GUIDED),
     "ip_adapter": Recipe(roles=(), shown=True, defaults=_GUIDED),
     "instant_style": Recipe(roles=(), shown=True, defaults=_GUIDED),
+    "fill_diptych": Recipe(
+        home="filling:draw",
+        checked="filling:check",
+        roles=(),
+        content=True,
+        prompts=False,
+        most=1,
+        inverted=False,
+        own_adapter=False,
+        pipeline="FluxFillPipeline",
+        defaults={"steps": 50, "guidance": 30.0},
+    ),
 }
 """Recipes on FLUX.1."""
 

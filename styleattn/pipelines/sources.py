@@ -26,7 +26,7 @@ from .style_aligned import TRANSFER, Inversion, make_bank, make_trajectory
 FORMAT = 1
 BANK, CONTENT = "reference.safetensors", "content-{}.safetensors"
 _CHECKPOINT = ".inversion"
-_FILES = ("adapter", "image_encoder", "csd")  # of methods
+_FILES = ("adapter", "image_encoder", "csd", "identity")  # of methods
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Job:
         batch_size: pictures per pipeline call. It changes results by rounding only.
         loras, words: what was added to the model, for the manifest; `load_model` adds them.
         control_scale: of a ControlNet; None for the recipe's own.
+        filling: what belongs to a canvas, for methods that paint on one.
         host: "unet" or "flux"; `run_folder` sets it to what its pipeline is.
     """
 
@@ -63,12 +64,23 @@ class Job:
     loras: tuple[Lora, ...] = ()
     words: tuple[Word, ...] = ()
     control_scale: float | None = None
+    filling: Any = None
     host: str = "unet"
 
     @property
     def recipe(self) -> Recipe:
         """How the method's pictures are made."""
         return recipe_of(self.method.name, self.host)
+
+    @property
+    def further(self) -> tuple[Any, ...]:
+        """What is at work next to the method."""
+        return () if self.filling is None else tuple(self.filling.methods)
+
+    @property
+    def canvas(self) -> bool:
+        """Whether whole canvases are kept."""
+        return self.filling is not None and bool(self.filling.whole)
 
     def added(self) -> dict[str, Any]:
         """What was added to the model."""
@@ -82,6 +94,7 @@ class Job:
         return {
             **{f: getattr(self, f) for f in ("seed", "batch_size", "backend", "model", "host")},
             "control_scale": self.control_scale,
+            "filling": None if self.filling is None else self.filling.facts(),
             **self.added(),
             "method": self.method.to_dict(),
             "sampling": asdict(self.sampling),
@@ -187,16 +200,16 @@ class Workshop:
         inverted = sources if bank is None and "style" in recipe.roles else ()
         if recipe.beside and all(source.picture is None for source in sources):
             inverted = ()
-        total = (len(inverted) + len(contents)) * self._steps
+        shown = () if recipe.inverted else contents
+        total = (len(inverted) + len(contents) - len(shown)) * self._steps
         styles = self._bank(inverted, total) if inverted else bank
         made = [
             self._content(i, source, (len(inverted) + i) * self._steps, total)
-            for i, source in enumerate(contents)
+            for i, source in enumerate(contents if recipe.inverted else ())
         ]
-        name = bank_key(styles) if styles is not None else ""
-        if styles is None and sources:
-            name = self._identity(sources, self.job.seed)
-        keys = (name, *(key for _, key in made))
+        name = self._identity(sources, self.job.seed) if styles is None else bank_key(styles)
+        own = [self._identity([source], self.job.seed + i) for i, source in enumerate(shown)]
+        keys = (name, *(key for _, key in made), *own)
         pictures = tuple(source.picture for source in contents)
         return Ready(styles, tuple(path for path, _ in made), keys, tuple(sources), pictures)
 
@@ -268,7 +281,7 @@ class Workshop:
         pipe, job = self.pipe, self.job
         facts = {
             "format": FORMAT,
-            "sources": [[_pixels(s.picture), s.prompt, s.weight] for s in sources],
+            "sources": [[pixels_key(s.picture), s.prompt, s.weight] for s in sources],
             "denoiser": self.facts["denoiser"],
             **job.added(),
             "scheduler": self.facts["scheduler"],
@@ -297,7 +310,8 @@ def shown(job: Job, sources: Sequence[Source]) -> Job:
     return replace(job, method=replace(job.method, references=references))
 
 
-def _pixels(picture: Picture | None) -> str | None:
+def pixels_key(picture: Picture | None) -> str | None:
+    """A name for a picture."""
     if picture is None:
         return None
     image = read_picture(picture)

@@ -11,16 +11,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from styleattn.adapters import (
     Encoder,
+    StyleAwareEncoder,
     load_csgo,
     load_deadiff,
     load_ip_adapter,
     load_pulid_sdxl,
+    load_style_aware_encoder,
     load_styleshot,
+    read_identity,
+    style_patches,
     subtract_content,
 )
 from styleattn.inversion import read_picture
@@ -139,6 +144,8 @@ class Eye:
             ValueError: neither, or no encoder; says what is missing.
             FileNotFoundError: there is no such picture.
         """
+        if reference.embeds is None and hasattr(self.method, "faces"):
+            return self._identity(reference)
         if reference.embeds is None and reference.image is None:
             raise ValueError(
                 f"{self.method.name}: a reference of an encoder method needs a picture (`image`) or"
@@ -150,6 +157,32 @@ class Eye:
             return seen
         content, scale = self._content(), self.method.negative_content_scale
         return subtract_content(seen[None], content, scale=scale, encoder=self._spec())[0]
+
+    def _identity(self, reference: Reference) -> Tensor:
+        """The tokens of the face in a reference's picture, or of the method's identity file.
+
+        Raises:
+            ValueError: neither, a picture without an analyser, or tokens of another adapter.
+        """
+        method = self.method
+        if reference.image is not None and method.faces is None:
+            raise ValueError(
+                f"{method.name}: a picture needs `faces`, which finds its face (FaceAnalyser); or"
+                " give the file of an identity, or the reference `embeds`"
+            )
+        if reference.image is None and method.identity is None:
+            raise ValueError(
+                f"{method.name}: a reference needs a picture, an identity file, or `embeds`"
+            )
+        if reference.image is not None:
+            found = method.faces(np.asarray(read_picture(reference.image)))
+        else:
+            found = read_identity(method.identity)
+        if isinstance(found, Tensor):
+            return found
+        with torch.no_grad():
+            tokens: Tensor = self.adapter.identity(*found)[0]
+        return tokens
 
     def _content(self) -> Tensor:
         """The embedding of what a method subtracts from its images."""
@@ -245,6 +278,9 @@ class Eye:
     def _pixels(self, image: Any, spec: Encoder, tower: Any) -> Tensor:
         """[1, 3, h, w]: by the pipeline's feature extractor, or as the adapter's encoder was
         trained."""
+        if isinstance(tower, StyleAwareEncoder):
+            shown = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+            return shown.permute(2, 0, 1)[None]
         extractor = self._extractor(tower)
         if extractor is not None:
             pixels: Tensor = extractor(images=image, return_tensors="pt").pixel_values
@@ -267,6 +303,10 @@ class Eye:
         weight = next(tower.parameters())
         pipe_device = getattr(self.pipe, "_execution_device", None)
         device = pipe_device if weight.is_meta and pipe_device is not None else weight.device
+        if isinstance(tower, StyleAwareEncoder):
+            with torch.no_grad():
+                seen = tower([p.to(device) for p in style_patches(pixels)])
+            return seen[0].float().cpu()
         with torch.no_grad():
             out = tower(pixels.to(device, weight.dtype), output_hidden_states=True)
         if spec.output == "hidden":
@@ -294,7 +334,10 @@ def _side(tower: Any, spec: Encoder) -> int:
 
 
 def _tower_in(folder: str, name: str) -> Any:
-    """The vision tower that `save_pretrained` wrote to a folder; nothing is downloaded."""
+    """The vision tower that `save_pretrained` wrote to a folder, or StyleShot's in its file;
+    nothing is downloaded."""
+    if name == "style_shot":
+        return load_style_aware_encoder(_file_in(Path(folder), name), dtype=torch.float32)
     from transformers import AutoConfig, CLIPVisionModelWithProjection, SiglipVisionModel
 
     if not os.path.isfile(os.path.join(folder, "config.json")):

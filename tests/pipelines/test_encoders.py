@@ -1,17 +1,27 @@
-"""`styleattn stylize` with CSGO, DEADiff, StyleStudio and RB-Modulation: files in, pictures out."""
+"""`styleattn stylize` with CSGO, DEADiff, StyleStudio, RB-Modulation, StyleShot and PuLID: files
+in, pictures out."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import checkpoints
 import image_prompts as images
+import numpy as np
 import pytest
 import random_pipelines as tiny
 import torch
 from PIL import Image
 
 from styleattn import cli
-from styleattn.methods import CSGO
-from styleattn.pipelines import Sampling, generate, load_model
+from styleattn.adapters import (
+    load_style_aware_encoder,
+    read_identity,
+    save_identity,
+    style_patches,
+)
+from styleattn.methods import CSGO, PuLIDSDXL, StyleShot
+from styleattn.pipelines import Sampling, csgo_pictures, generate, load_model
 from styleattn.processors import apply
 from styleattn.references import Reference
 
@@ -51,6 +61,15 @@ def place(tmp_path_factory):
     torch.save(checkpoints.noise(csgo), folder / "csgo.bin")
     torch.save(images.checkpoint(pipe.unet), folder / "ip.bin")
     torch.save(deadiff(pipe.unet), folder / "deadiff.ckpt")
+    shot = checkpoints.styleshot(layers_of(pipe.unet), 12)
+    torch.save(checkpoints.noise(shot), folder / "shot.bin")
+    torch.save(checkpoints.noise(checkpoints.style_aware((4, 4, 80), 12)), folder / "aware.bin")
+    pulid = {**checkpoints.pulid_v1(6, 5, 4, 64), **checkpoints.pulid_pairs(layers_of(pipe.unet))}
+    torch.save(checkpoints.noise(pulid), folder / "pulid.bin")
+    g = torch.Generator().manual_seed(8)
+    face, *vision = torch.randn(1, 6, generator=g), *torch.randn(5, 1, 577, 5, generator=g)
+    save_identity(folder / "face.safetensors", face, vision)
+    tiny.controlnet(**LEVELS).save_pretrained(folder / "tile")
     for i in (0, 1):
         images.picture(i).save(folder / f"{i}.png")
     (folder / "prompts.txt").write_text("a cat\n")
@@ -95,3 +114,65 @@ def test_it_is_what_python_gives(place, tmp_path):
     with apply(pipe, method):
         (picture,) = generate(pipe, ["a cat"], [0], sampling)
     assert picture.convert("RGB").tobytes() == found
+
+
+def test_csgo_with_a_controlnet(place, tmp_path):
+    """The content reaches the picture through it, as in Python."""
+    more = ("--controlnet", str(place / "tile"), "--control-scale", "0.5")
+    found = stylize(place, tmp_path / "a", "csgo", "csgo.bin", *more, pictures=(1, 0))
+    pipe = load_model(str(place / "model"), device="cpu", controlnet=str(place / "tile"))
+    assert type(pipe).__name__ == "StableDiffusionXLControlNetPipeline"
+    (picture,) = csgo_pictures(
+        pipe,
+        CSGO(adapter=place / "csgo.bin"),
+        place / "0.png",
+        ["a cat"],
+        [0],
+        Sampling(num_inference_steps=2, guidance_scale=10.0),
+        content=place / "1.png",
+        controlnet_conditioning_scale=0.5,
+    )
+    assert picture.convert("RGB").tobytes() == found
+
+
+def drawn(place, method):
+    pipe = load_model(str(place / "model"), device="cpu")
+    with apply(pipe, method):
+        sampling = Sampling(num_inference_steps=2, guidance_scale=7.0)
+        (picture,) = generate(pipe, ["a cat"], [0], sampling)
+    return picture.convert("RGB").tobytes()
+
+
+def test_styleshot_from_a_picture(place, tmp_path):
+    """Its encoder is a file of its own; what it sees is what the adapter is shown."""
+    encoder = ("--image-encoder", str(place / "aware.bin"), "--guidance", "7")
+    found = stylize(place, tmp_path / "a", "style_shot", "shot.bin", *encoder)
+    pixels = torch.from_numpy(np.array(images.picture(0))).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        seen = load_style_aware_encoder(place / "aware.bin")(style_patches(pixels))[0]
+    given = StyleShot(adapter=place / "shot.bin", references=Reference(embeds=seen))
+    assert drawn(place, given) == found
+    assert drawn(place, replace(given, scale=0.1)) != found
+
+
+def test_pulid_from_an_identity(place, tmp_path, capsys):
+    """A face comes as a file, or through an analyser; without either it is refused."""
+    named = ("--set", f"identity={place / 'face.safetensors'}")
+    found = stylize(place, tmp_path / "a", "pulid_sdxl", "pulid.bin", *named, pictures=())
+    face, vision = read_identity(place / "face.safetensors")
+    shown = []
+
+    def faces(picture):
+        shown.append(picture.shape)
+        return face, vision
+
+    method = PuLIDSDXL(adapter=place / "pulid.bin", references=Reference(image=place / "0.png"))
+    assert drawn(place, replace(method, faces=faces)) == found and shown == [(36, 48, 3)]
+    with pytest.raises(ValueError, match="needs `faces`"):
+        drawn(place, method)
+    with pytest.raises(ValueError, match="identity must be a file"):
+        PuLIDSDXL(identity=3)
+    argv = ["stylize", "--model", str(place / "model"), "--method", "pulid_sdxl", "--device", "cpu"]
+    argv += ["--adapter", str(place / "pulid.bin"), "--prompts", str(place / "prompts.txt")]
+    assert cli.main([*argv, "--out", str(tmp_path / "b")]) == 2
+    assert "references to show it" in capsys.readouterr().err and not (tmp_path / "b").exists()
