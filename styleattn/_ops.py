@@ -278,12 +278,11 @@ attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _unseen(tensors: Sequence[Tensor]) -> bool:
-    """Whether nobody would see that a call went through an op: no compiler, tracer, profiler,
+    """Whether nobody would see that an eager call went through an op: no tracer, profiler,
     transform or dispatch mode, plain tensors only, and nothing to differentiate. Dispatch costs
     three times what checking a call does."""
     return (
-        not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         and all(type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
         and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
@@ -325,10 +324,11 @@ def attention(
     Raises:
         RuntimeError: forward-mode differentiation, which the op does not have.
     """
-    if _unseen([query, *_tensors(branches)]):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _unseen([query, *_tensors(branches)]):
         return _compute(query, branches, softmax_scale, backend, call, exact_lse)
     tensors, layout, numbers = pack(branches)
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    if not compiling and forward_ad._current_level >= 0:
         dual = [x for x in (query, *tensors) if forward_ad.unpack_dual(x).tangent is not None]
         if dual:
             raise RuntimeError(f"{call}: no forward-mode differentiation, only reverse mode")
@@ -376,7 +376,7 @@ token_stats_op.register_autograd(_stats_backward, setup_context=_stats_setup)
 
 def token_stats(x: Tensor, eps: float, backend: str | None) -> tuple[Tensor, Tensor]:
     """Checked token statistics through the op boundary, as `attention` goes through it."""
-    if _unseen([x]):
+    if not torch.compiler.is_compiling() and _unseen([x]):
         return _compute_stats(x, eps, backend)
     return token_stats_op(x, eps, backend or "")
 
