@@ -46,7 +46,7 @@ def towards_content(drawing: Drawing) -> list[Image.Image]:
         return (1 - PULL) * latents + PULL * content.latents[step].to(latents)
 
     return drawing.generate(
-        latents=drawing.start(content.latents[0]), callback_on_step_end=between(drawing, pull)
+        latents=drawing.start(content.latents[0]), callback_on_step_end=between(pull)
     )
 
 
@@ -77,7 +77,7 @@ def appearance(drawing: Drawing) -> list[Image.Image]:
     return drawing.generate(
         *levels(drawing.pipe, drawing.method, steps),
         latents=drawing.start(content.latents[0]),
-        callback_on_step_end=between(drawing, match),
+        callback_on_step_end=between(match),
     )
 
 
@@ -93,7 +93,7 @@ def levels(pipe: Any, method: CrossImageAttention, steps: int) -> tuple[CrossIma
     return tuple(replace(method, layers=f"{block}.*", steps=when) for block, when in chosen)
 
 
-def between(drawing: Drawing, change: Callable[[Tensor, int], Tensor]) -> StepEnd:
+def between(change: Callable[[Tensor, int], Tensor]) -> StepEnd:
     """A `callback_on_step_end` that changes the latents before every step but the first.
 
     Args:
