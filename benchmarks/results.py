@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from typing import Any, TypeVar, overload
 
 import torch
 
@@ -74,8 +75,48 @@ class Row:
         return tuple(str(part) for part in parts)
 
 
-FIELDS = tuple(field.name for field in fields(Row))
-_TYPES = {field.name: str(field.type) for field in fields(Row)}
+@dataclass(frozen=True)
+class StepRow:
+    """One contestant at one step of a whole denoiser. Fields that were not measured are empty.
+
+    `route` is "plain", "official" or "ours"; `tax` is the time over the plain step's; `error` is
+    ours against the official route, relative, on the same inputs, and `budget` its limit.
+    """
+
+    size: str
+    mode: str
+    threads: int
+    dtype: str
+    model: str
+    method: str
+    route: str
+    batch: int
+    status: str
+    median_ms: float | None
+    min_ms: float | None
+    spread: float | None
+    rounds: int
+    tax: float | None
+    error: float | None
+    budget: float | None
+    peak_mib: float | None
+    parameters: int
+    isa: str
+    device: str
+    torch: str
+    triton: str
+    styleattn: str
+    commit: str
+    date: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What a later measurement replaces."""
+        parts = (self.size, self.mode, self.threads, self.dtype, self.model)
+        return tuple(str(part) for part in (*parts, self.method, self.route, self.batch))
+
+
+AnyRow = TypeVar("AnyRow", Row, StepRow)
 
 
 def _written(value: object) -> str:
@@ -84,36 +125,41 @@ def _written(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _read(name: str, text: str) -> object:
-    kind = _TYPES[name]
+def _read(kind: str, text: str) -> object:
     if text == "" and "None" in kind:
         return None
     return int(text) if kind == "int" else float(text) if kind.startswith("float") else text
 
 
-def load(path: Path) -> list[Row]:
-    """The rows of a CSV; none if there is no file.
+@overload
+def load(path: Path) -> list[Row]: ...
+@overload
+def load(path: Path, kind: type[AnyRow]) -> list[AnyRow]: ...
+def load(path: Path, kind: Any = Row) -> Any:
+    """The rows of a CSV, of a kind; none if there is no file.
 
     Raises:
-        ValueError: its columns are not those of `Row`.
+        ValueError: its columns are not those of the kind.
     """
+    types = {field.name: str(field.type) for field in fields(kind)}
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != FIELDS:
-            raise ValueError(f"{path.name} has other columns than {', '.join(FIELDS)}")
-        return [Row(**{n: _read(n, text) for n, text in row.items()}) for row in reader]  # type: ignore[arg-type]
+        if tuple(reader.fieldnames or ()) != tuple(types):
+            raise ValueError(f"{path.name} has other columns than {', '.join(types)}")
+        return [kind(**{n: _read(types[n], text) for n, text in row.items()}) for row in reader]
 
 
-def save(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a CSV; a row replaces the one with the same key, where that stood."""
-    kept = {row.key: row for row in load(path)}
+def save(path: Path, rows: Iterable[AnyRow], kind: type[AnyRow] = Row) -> None:  # type: ignore[assignment]
+    """Add rows of a kind to a CSV; a row replaces the one with the same key, where that stood."""
+    kept = {row.key: row for row in load(path, kind)}
     kept |= {row.key: row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")
     with draft.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        names = [field.name for field in fields(kind)]
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         for row in kept.values():
             writer.writerow({name: _written(value) for name, value in asdict(row).items()})

@@ -118,9 +118,9 @@ def events(calls: Calls) -> Callable[[int], float]:
     return sample
 
 
-def graph(calls: Calls) -> Callable[[int], float]:
-    """A sampler by replay of a CUDA graph of `GRAPH_CALLS` calls over all sets of inputs: the
-    kernels alone, without launches.
+def graph(calls: Calls, repeats: int = GRAPH_CALLS) -> Callable[[int], float]:
+    """A sampler by replay of a CUDA graph of some calls over all sets of inputs: the kernels alone,
+    without launches.
 
     Raises:
         RuntimeError: a call cannot be captured.
@@ -133,7 +133,7 @@ def graph(calls: Calls) -> Callable[[int], float]:
     torch.cuda.current_stream().wait_stream(side)
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
-        for i in range(GRAPH_CALLS):
+        for i in range(repeats):
             calls[i % len(calls)]()
     captured.replay()
     torch.cuda.synchronize()
@@ -144,7 +144,7 @@ def graph(calls: Calls) -> Callable[[int], float]:
         captured.replay()
         last.record()
         torch.cuda.synchronize()
-        return first.elapsed_time(last) / GRAPH_CALLS
+        return first.elapsed_time(last) / repeats
 
     return sample
 
