@@ -12,6 +12,8 @@ from .cross_image_attention import CrossImageAttention
 from .csgo import CSGO
 from .deadiff import DEADiff
 from .diptych import FillDiptych
+from .easy_control import EasyControl
+from .in_context import InContext
 from .instant_style import InstantStyle
 from .ip_adapter import IPAdapter
 from .mutual_attention import MutualAttention
@@ -49,6 +51,8 @@ _ALL = (
     AlignedGen,
     Redux,
     FillDiptych,
+    InContext,
+    EasyControl,
 )
 METHODS: dict[str, type[Any]] = {m.name: m for m in _ALL}
 """Every method by the name that settings and the command line use."""
@@ -66,10 +70,12 @@ __all__ = [
     "CrossImageAttention",
     "CrossParts",
     "DEADiff",
+    "EasyControl",
     "EncoderMethod",
     "Facts",
     "FillDiptych",
     "IPAdapter",
+    "InContext",
     "ImagePrompt",
     "InstantStyle",
     "JointCall",

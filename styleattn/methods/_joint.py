@@ -87,6 +87,7 @@ class JointCall:
             widths of the image.
         backend: a name, or None for the best that can run.
         panels: tokens of the image's first panel, where those of each panel lie together.
+        pictures: per reference that is a picture in context, what it is to the layer.
     """
 
     layer: Layer
@@ -102,6 +103,7 @@ class JointCall:
     rotary_at: Callable[[tuple[float, float]], Rotary | None] = lambda offset: None
     backend: str | None = None
     panels: int | None = None
+    pictures: tuple[Any, ...] = ()
 
 
 @runtime_checkable

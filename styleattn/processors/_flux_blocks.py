@@ -155,7 +155,7 @@ def _answered(block: Any, args: Any, kwargs: Any, output: Any) -> bool:
     registry = getattr(block, "_diffusers_hook", None)
     for hook in () if registry is None else registry.hooks.values():
         manager = getattr(hook, "state_manager", None)
-        if getattr(manager, "_context", None) is None:
+        if manager is None or manager._context is None:
             continue
         state = manager.get_state()
         if any(getattr(state, name, True) is False for name in _COMPUTES):

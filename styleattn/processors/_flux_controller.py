@@ -19,6 +19,7 @@ from styleattn.methods._base import Number, off
 from styleattn.methods._blocks import BlockMethod
 from styleattn.methods._images import Images
 from styleattn.methods._joint import ContextMethod, JointCall, JointMethod, PanelMethod, Tokens
+from styleattn.methods._shown import PictureMethod
 from styleattn.references import Reference, StyleBank
 
 from . import _caller
@@ -36,7 +37,7 @@ PARAMETERS = tuple(inspect.signature(FluxTransformer2DModel.forward).parameters)
 
 def reads_rows(method: Any) -> bool:
     """Whether a method of joint attention reads other images of the batch."""
-    others = (ContextMethod, Images, PanelMethod, BlockMethod)
+    others = (ContextMethod, Images, PanelMethod, BlockMethod, PictureMethod)
     return isinstance(method, JointMethod) and not isinstance(method, others)
 
 

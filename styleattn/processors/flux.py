@@ -17,12 +17,14 @@ from styleattn.methods import Layer
 from styleattn.methods._blocks import BlockMethod
 from styleattn.methods._images import Images
 from styleattn.methods._joint import ContextMethod, JointMethod, PanelMethod
+from styleattn.methods._shown import PictureMethod
 from styleattn.references import Reference, StyleBank
 
 from ._attention import STATE
 from ._cross import Entry
 from ._flux_attention import OURS, REPLACEABLE, FluxStyleProcessor, JointSite
 from ._flux_blocks import block_places, with_identity
+from ._flux_context import PictureController, picture_method, pictures_of
 from ._flux_controller import FluxController, reads_rows
 from ._flux_panels import check_panels
 from ._flux_prompts import flux_prompts_of
@@ -84,9 +86,12 @@ def plan(
         for i, m in enumerate(methods)
         if isinstance(m, Images)
     }
-    controller = FluxController(
-        methods, references, contexts, bank, backend, pipe, Prompts(prompts)
-    )
+    pictured = picture_method(methods, model)
+    kind = FluxController if pictured is None else PictureController
+    controller = kind(methods, references, contexts, bank, backend, pipe, Prompts(prompts))
+    if pictured is not None and isinstance(controller, PictureController):
+        pictures = pictures_of(methods[pictured], references[pictured], model, pipe)
+        controller.begin(pictured, pictures, layers)
     controller.places = block_places(controller, model)
     for i, method in enumerate(methods):
         if isinstance(method, BlockMethod):
@@ -105,7 +110,9 @@ def plan(
 
 def _reaches(method: Any, prompts: Sequence[Any], layers: Mapping[str, Any]) -> Any:
     """Whether a method has something to do on a layer: (layer, its gate, any weight) -> bool."""
-    if isinstance(method, ContextMethod):
+    if isinstance(method, ContextMethod) or (
+        isinstance(method, PictureMethod) and not method.apart
+    ):
         # tokens in the sequence: layers that are not chosen ignore them, by a gate of 0
         return lambda layer, gate, weight: method.takes(layer)
     if isinstance(method, PanelMethod):
@@ -163,6 +170,8 @@ def _references(method: Any, bank: StyleBank | None) -> tuple[Reference, ...]:
         return own or ()
     if isinstance(method, BlockMethod):
         return with_identity(method)
+    if isinstance(method, PictureMethod):
+        return own or (Reference(),)
     if isinstance(method, ContextMethod):
         if not own or any(r.embeds is None and r.image is None for r in own):
             raise ValueError(f"{method.name} needs references, each with a picture or embeds")
