@@ -25,7 +25,8 @@ def to_statistics_of(x, rows, eps=1e-5):
 
 class Dense:
     """A processor: `edit(layer, q, k, v, rotary, text)` gives rotated q [B, H, L, D], k, v
-    [B, H, M, D] and a bias [B, 1 or H, L, M]; q, k, v come unrotated, text tokens first."""
+    [B, H, M, D] and a bias [B, 1 or H, L, M], or the output [B, H, L, D] itself; q, k, v come
+    unrotated, text tokens first."""
 
     def __init__(self, layer, edit, text):
         self.layer, self.edit, self.text = layer, edit, text
@@ -51,9 +52,12 @@ class Dense:
             tq, tk = attn.norm_added_q(tq), attn.norm_added_k(tk)
             q, k, v = torch.cat([tq, q], 2), torch.cat([tk, k], 2), torch.cat([tv, v], 2)
         count = self.text if text is None else text.shape[1]
-        q, k, v, bias = self.edit(self.layer, q, k, v, image_rotary_emb, count)
-        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias
-        out = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        found = self.edit(self.layer, q, k, v, image_rotary_emb, count)
+        if isinstance(found, tuple):
+            q, k, v, bias = found
+            logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias
+            found = logits.softmax(-1) @ v
+        out = found.transpose(1, 2).flatten(2)
         if text is None:
             return out
         return attn.to_out[0](out[:, count:]), attn.to_add_out(out[:, :count])

@@ -15,6 +15,7 @@ from styleattn.branch import Branch, Segment
 from styleattn.references import Layers, Reference, Steps
 
 from ._base import Layer, NormCall, Number, SelfCall, Settings
+from ._joint import JointCall
 
 Share = Number
 """How much of an output is injected: a number, a 0-dim tensor, or [N] per query."""
@@ -80,7 +81,7 @@ class Injection(Settings):
         """The norm as it is."""
         return call.output
 
-    def _check(self, call: SelfCall) -> None:
+    def _check(self, call: SelfCall | JointCall) -> None:
         """As many references as the method has roles."""
         if len(call.strengths) != len(self.ROLES):
             raise ValueError(

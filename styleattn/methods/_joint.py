@@ -11,6 +11,7 @@ from torch import Tensor
 
 from styleattn.attention import attention
 from styleattn.branch import Affine, Branch, Segment
+from styleattn.norms import rms_norm_rotary
 from styleattn.references import Layers, Reference, Steps
 
 from ._base import Layer, Number, Rows, Settings, log
@@ -20,23 +21,74 @@ Rotary = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
+class QKNorm:
+    """The RMSNorm that projected queries or keys still wait for: it runs together with what follows
+    it (AdaIN, the rotation), in one pass of a kernel."""
+
+    weight: Tensor | None
+    eps: float
+    backend: str | None
+
+
+@dataclass(frozen=True)
+class Features:
+    """Queries or keys of a run, [B, H, N, D]: normalised, or with the norm still to come."""
+
+    x: Tensor
+    norm: QKNorm | None = None
+
+    def normalised(self) -> Tensor:
+        """Before the rotation."""
+        return self.x if self.norm is None else self.rotated(None)
+
+    def rotated(self, rotary: Rotary | None, affine: Affine | None = None) -> Tensor:
+        """Behind the norm, a map and the rotation; rounded once behind the map."""
+        if self.norm is not None:
+            norm = self.norm
+            return rms_norm_rotary(
+                self.x,
+                norm.weight,
+                eps=norm.eps,
+                rotary=rotary,
+                before=affine,
+                backend=norm.backend,
+            )
+        if affine is None:
+            return rotated(self.x, rotary)
+        wide = self.x.to(affine.scale.dtype)
+        y = torch.addcmul(affine.shift[:, :, None], wide, affine.scale[:, :, None])
+        return rotated(y, rotary).to(self.x.dtype)
+
+
+@dataclass(frozen=True)
 class Tokens:
     """A run of tokens of a joint attention layer.
 
     Args:
         name: "text", "image", "reference" (a picture in context), or the name of a run that a
             method added.
-        query, key, value: [B, H, N, D], normalised, not yet rotated.
+        queries, keys: [B, H, N, D], not yet rotated.
+        value: [B, H, N, D].
         rotary: their positions, or None.
         key_bias: [N] or [B, N] additive on the logits of the keys, or None.
     """
 
     name: str
-    query: Tensor
-    key: Tensor
+    queries: Features
+    keys: Features
     value: Tensor
     rotary: Rotary | None = None
     key_bias: Tensor | None = None
+
+    @property
+    def query(self) -> Tensor:
+        """[B, H, N, D], normalised, not yet rotated."""
+        return self.queries.normalised()
+
+    @property
+    def key(self) -> Tensor:
+        """[B, H, N, D], normalised, not yet rotated."""
+        return self.keys.normalised()
 
 
 @dataclass(frozen=True)
@@ -47,20 +99,27 @@ class Part:
         query: [B, H, N, D], rotated.
         segments: by the name of the run that they are.
         query_affine: folded map of the queries.
+        share: of the output that this is: a number, [B] or [B, N].
+        rest: what the other 1 - share of the output is: the same queries, or others in their
+            places, and what they see.
     """
 
     query: Tensor
     segments: Mapping[str, Segment]
     query_affine: Affine | None = None
+    share: Number = 1.0
+    rest: Part | None = None
 
     def changed(self, name: str, **changes: Any) -> Part:
-        """The same with a segment changed."""
+        """The same with a segment changed, in the rest too."""
         segment = replace(self.segments[name], **changes)
-        return replace(self, segments={**self.segments, name: segment})
+        rest = None if self.rest is None else self.rest.changed(name, **changes)
+        return replace(self, segments={**self.segments, name: segment}, rest=rest)
 
     def with_segments(self, more: Mapping[str, Segment]) -> Part:
-        """The same with further segments."""
-        return replace(self, segments={**self.segments, **more})
+        """The same with further segments, in the rest too."""
+        rest = None if self.rest is None else self.rest.with_segments(more)
+        return replace(self, segments={**self.segments, **more}, rest=rest)
 
 
 Parts = Mapping[str, Part]
@@ -198,10 +257,10 @@ def rotated(x: Tensor, rotary: Rotary | None) -> Tensor:
 def plain_parts(tokens: Mapping[str, Tokens]) -> dict[str, Part]:
     """A layer as the model has it: every token sees every token."""
     segments = {
-        name: Segment(rotated(t.key, t.rotary), t.value, key_bias=t.key_bias)
+        name: Segment(t.keys.rotated(t.rotary), t.value, key_bias=t.key_bias)
         for name, t in tokens.items()
     }
-    return {name: Part(rotated(t.query, t.rotary), segments) for name, t in tokens.items()}
+    return {name: Part(t.queries.rotated(t.rotary), segments) for name, t in tokens.items()}
 
 
 def attend(parts: Parts, backend: str | None) -> Tensor:
@@ -215,9 +274,14 @@ def attend(parts: Parts, backend: str | None) -> Tensor:
             runs.append([part])
     outs: list[Tensor] = []
     for run in runs:
-        query = run[0].query if len(run) == 1 else torch.cat([p.query for p in run], 2)
-        branch = Branch(_joined(run), query_affine=run[0].query_affine)
-        out = attention(query, (branch,), backend=backend)
+        first, rest = run[0], run[0].rest
+        query = first.query if len(run) == 1 else torch.cat([p.query for p in run], 2)
+        branches = [Branch(_joined(run), first.share, query_affine=first.query_affine)]
+        if rest is not None:
+            seen = tuple(rest.segments.values())
+            mine = None if rest.query is query else rest.query
+            branches.append(Branch(seen, 1 - first.share, mine, rest.query_affine))
+        out = attention(query, tuple(branches), backend=backend)
         assert isinstance(out, Tensor)
         outs.append(out)
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
@@ -225,7 +289,9 @@ def attend(parts: Parts, backend: str | None) -> Tensor:
 
 def _together(a: Part, b: Part) -> bool:
     """Whether two parts see the same keys, but for biases."""
-    if a.query_affine is not None or b.query_affine is not None or [*a.segments] != [*b.segments]:
+    if any(p.query_affine is not None or p.rest is not None for p in (a, b)):
+        return False
+    if [*a.segments] != [*b.segments]:
         return False
     return all(_alike(a.segments[n], b.segments[n]) for n in a.segments)
 
@@ -271,5 +337,5 @@ def seen_by(call: JointCall, reference: int, part: str, strength: Number | None 
     if mask is None:
         return strength
     share = torch.log(mask if part == "image" else mask.mean().reshape(1))
-    query = call.tokens[part].query
-    return (strength + share).expand(query.shape[0], query.shape[2])
+    value = call.tokens[part].value
+    return (strength + share).expand(value.shape[0], value.shape[2])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -15,6 +15,8 @@ from styleattn.references import Layers
 from ._base import Number, SelfCall, log, off
 from ._facts import Facts
 from ._injection import Injection, serving
+from ._joint import JointCall, Parts, seen_by
+from ._joint_injection import per_row, theirs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,10 @@ class ReferenceOnly(Injection):
     The reference is shown at every step with fresh noise of that step's level. It runs along as a
     row of the batch under its own prompt; the extension runs a separate pass under the image's.
     Its weight w adds log w to its logits.
+
+    On FLUX the image's tokens read the reference's image tokens, rotated to the places where those
+    are in the reference; the text reads the image's own. Unconditional rows are those of true CFG's
+    second call.
 
     Args:
         style_fidelity: 0 shares in the unconditional rows too, 1 keeps them apart: guidance then
@@ -50,6 +56,7 @@ class ReferenceOnly(Injection):
         paper="ControlNet reference-only (sd-webui-controlnet, discussion 1236)",
         modality="text, image",
         route="attention",
+        hosts="SD 1.x, SD 2.x, SDXL, FLUX.1",
         needs="prompts, a reference picture",
     )
 
@@ -85,3 +92,13 @@ class ReferenceOnly(Injection):
         )
         assert isinstance(out, Tensor)
         return out
+
+    def joint_attention(self, call: JointCall, parts: Parts) -> Parts:
+        """The layer's attention with the reference's image tokens for those of the image."""
+        self._check(call)
+        image, fidelity = parts["image"], call.numbers["style_fidelity"]
+        seen = replace(theirs(call, image, 0), logit_bias=seen_by(call, 0, "image"))
+        part = image.with_segments({self.name: seen})
+        if any(call.rows.unconditional) and not off(fidelity):
+            part = replace(part, share=per_row(call, 1 - fidelity, 1.0), rest=image)
+        return {**parts, "image": part}

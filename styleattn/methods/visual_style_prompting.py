@@ -11,6 +11,8 @@ from torch import Tensor
 from ._base import SelfCall
 from ._facts import Facts
 from ._injection import Injection, attend, injected, share_of
+from ._joint import JointCall, Parts
+from ._joint_injection import swapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +25,12 @@ class VisualStylePrompting(Injection):
     official code also raises the guidance in the first three steps and calibrates the reference's
     predicted data; a bank of latents at every noise level needs neither.
 
+    On FLUX the image's tokens read the text and the reference's image tokens, rotated to the places
+    where those are in the reference; the text reads the image's own.
+
     Args:
-        layers: as `Injection`; "late" is `up_blocks.1` of SDXL, six layers, the paper's.
+        layers: as `Injection`; "late" is `up_blocks.1` of SDXL, six layers, the paper's; of FLUX
+            the single blocks.
         steps, references: as `Injection`.
 
     Raises:
@@ -38,6 +44,7 @@ class VisualStylePrompting(Injection):
         paper="Visual Style Prompting with Swapping Self-Attention, arXiv 2402.12974",
         modality="text, image",
         route="inversion, attention",
+        hosts="SD 1.x, SD 2.x, SDXL, FLUX.1",
         needs="prompts, a reference picture",
     )
 
@@ -45,3 +52,8 @@ class VisualStylePrompting(Injection):
         """The layer's output [B, H, N, D]."""
         self._check(call)
         return attend(call, [(share_of(call, 0), (injected(call, 0),))])
+
+    def joint_attention(self, call: JointCall, parts: Parts) -> Parts:
+        """The layer's attention with the reference's image tokens in place of the image's."""
+        self._check(call)
+        return swapped(call, parts, 0)

@@ -29,12 +29,12 @@ def layer_weights(
         layers: "all"; "style" or "layout" (the blocks that InstantStyle found in SDXL, and its
             experimental ones in SD1.5); "late" (the decoder's blocks with attention but the
             deepest: `up_blocks.2` and `.3` of SD1.5, `up_blocks.1` of SDXL) or "style_id" (the
-            same, on SDXL without its first attention module); a name, a prefix or an fnmatch
-            pattern of names, or several; or diffusers' scale dictionary ({"down": {"block_2":
-            [0, 1]}, "mid": 1, "up": ...}; what it does not name is 0); on FLUX one number for
-            every double block (single ones get 0) or for every block; a weight type such as "ease
-            in" (`styleattn.methods.WEIGHT_TYPES`); or a dictionary of any of these choices to
-            weights ({"style": 1, "layout": 0.5}), which add up.
+            same, on SDXL without its first attention module), on FLUX both are the single blocks; a
+            name, a prefix or an fnmatch pattern of names, or several; or diffusers' scale
+            dictionary ({"down": {"block_2": [0, 1]}, "mid": 1, "up": ...}; what it does not name is
+            0); on FLUX one number for every double block (single ones get 0) or for every block; a
+            weight type such as "ease in" (`styleattn.methods.WEIGHT_TYPES`); or a dictionary of any
+            of these choices to weights ({"style": 1, "layout": 0.5}), which add up.
         attention: the paths of the attention layers. Every pattern must hit one of them.
         others: further module paths to weigh by the same rule.
 
@@ -121,7 +121,10 @@ def _what_there_is(attention: Sequence[str]) -> str:
 
 
 def _late(name: str, attention: Sequence[str]) -> list[str]:
-    """The decoder's blocks with attention but the deepest; all there is where there is one."""
+    """The decoder's blocks with attention but the deepest; all there is where there is one. Of FLUX
+    the single blocks."""
+    if any(layer.startswith("single_transformer_blocks.") for layer in attention):
+        return ["single_transformer_blocks"]
     found = [m for m in map(_GROUP.match, attention) if m and m.group(1).startswith("up_blocks")]
     blocks = sorted({int(m.group(2)) for m in found})
     if not blocks:
