@@ -64,6 +64,17 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Features:
+    """What a layer reads of references that were kept: [chunks, H, N, D] each, and `rows` [B], the
+    chunk of every row of the call."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True)
 class SelfCall:
     """One call of a self-attention layer.
 
@@ -78,6 +89,7 @@ class SelfCall:
         key_bias: [B, N] additive on the logits of the keys, or None.
         softmax_scale: None for D ** -0.5.
         backend: a name, or None for the best that can run.
+        features: of references that are no rows of the call.
     """
 
     query: Tensor
@@ -91,12 +103,13 @@ class SelfCall:
     key_bias: Tensor | None = None
     softmax_scale: float | None = None
     backend: str | None = None
+    features: Features | None = None
 
 
 @dataclass(frozen=True)
 class NormCall:
-    """One call of a GroupNorm: its input [B, C, ...], its own output, its parameters, and who is
-    who."""
+    """One call of a GroupNorm: its input [B, C, ...], its own output, its parameters, who is who,
+    and the backend (None for the best that can run)."""
 
     x: Tensor
     output: Tensor
@@ -106,6 +119,7 @@ class NormCall:
     eps: float
     rows: Rows
     strengths: tuple[Number, ...]
+    backend: str | None = None
 
 
 @runtime_checkable

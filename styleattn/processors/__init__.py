@@ -19,6 +19,7 @@ from ._attention import CONTROLLER
 from ._caller import Caller, from_layout, unwrapped
 from ._controller import Controller
 from ._explain import Explanation, LayerReport, explanation
+from ._features import FeatureCache
 
 HOSTS: tuple[Any, ...] = (unet, flux)
 """One module per host family: `matches`, `plan`, `COMPONENT`, `SUPPORTED`, `TAKES`."""
@@ -109,7 +110,7 @@ class Handle:
 def apply(
     pipe_or_model: Any,
     *methods: Method | EncoderMethod | JointMethod | BlockMethod,
-    bank: StyleBank | None = None,
+    bank: StyleBank | FeatureCache | None = None,
     backend: str | None = None,
 ) -> Handle:
     """Switch methods on in a diffusers pipeline (or its denoiser); the pipeline call stays as it
@@ -125,7 +126,8 @@ def apply(
         methods: at least one; on a self-attention layer at most one may be at work, on a
             cross-attention layer any number. On FLUX any number whose references are tokens, and
             one that reads other images of the batch.
-        bank: references made ready by `build_bank`.
+        bank: references made ready by `build_bank`; or what StyleID reads of them, by
+            `styleattn.processors.features.cache_features`.
         backend: of `styleattn.attention`; None for the best that can run.
 
     Returns:
@@ -148,7 +150,9 @@ def apply(
             raise TypeError(f"apply takes methods such as styleattn.StyleAligned(), got {got}")
         if not isinstance(method, host.TAKES):
             raise TypeError(f"{method.name} does not work on a {type(model).__name__}")
-    if bank is not None and not isinstance(bank, StyleBank):
+    if isinstance(bank, FeatureCache) and host is not unet:
+        raise TypeError(f"features are kept of UNets, not of a {type(model).__name__}")
+    if bank is not None and not isinstance(bank, (StyleBank, FeatureCache)):
         raise TypeError(
             f"bank must be a StyleBank (StyleBank.load reads one), got a {type(bank).__name__}"
         )
@@ -216,8 +220,12 @@ def differentiable(
     if controller is None:
         yield
         return
-    with controller.layout(Caller(1, 1, (unconditional,), timesteps)), controller.held():
-        yield
+    controller.holding = True
+    try:
+        with controller.layout(Caller(1, 1, (unconditional,), timesteps)):
+            yield
+    finally:
+        controller.holding, controller.now = False, None
 
 
 def _controller(model: torch.nn.Module) -> Controller | None:

@@ -124,6 +124,7 @@ class StyleAttnProcessor:
                 key_bias(site.layer.name, attention_mask, key),
                 float(attn.scale) if isinstance(base, SCALED) else None,
                 site.controller.backend,
+                site.controller.features(site.layer.name, query),
             )
         )
         if isinstance(base, PERTURBED):

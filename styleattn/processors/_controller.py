@@ -15,16 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from styleattn.methods import CrossCall, EncoderMethod, Method, NormCall, Rows
-from styleattn.methods._base import Number, off, without_numbers
+from styleattn.methods._base import Features, Number, off, without_numbers
 from styleattn.references import Reference, StyleBank, always, weight_at, weight_tensor
 
 from . import _caller
 from ._attention import CONTROLLER, STATE, Site, StyleAttnProcessor
 from ._caller import Caller
 from ._cross import LOADED, CrossSite, Entry, StyleCrossProcessor, StyleIPAdapterProcessor
+from ._features import FeatureCache, FeatureRows, maker
 from ._norms import parameters
 from ._prompts import Prompts
-from ._rows import RESIDUALS, RowMaker, named, without_control
+from ._rows import RESIDUALS, named, without_control
 
 OURS = (StyleAttnProcessor, StyleCrossProcessor, StyleIPAdapterProcessor)
 
@@ -66,7 +67,7 @@ class Controller:
         self,
         methods: Sequence[Method | EncoderMethod],
         references: Sequence[tuple[Reference, ...]],
-        bank: StyleBank | None,
+        bank: StyleBank | FeatureCache | None,
         backend: str | None,
         pipe: Any = None,
         prompts: Prompts | None = None,
@@ -81,7 +82,7 @@ class Controller:
         pairs = zip(methods, references, strict=True)
         self.wanted = max((len(r) for m, r in pairs if isinstance(m, Method)), default=0)
         self.control = any(m.control_reference for m in methods if isinstance(m, Method))
-        self.maker = None if bank is None else RowMaker(bank, self.control)
+        self.maker = None if bank is None else maker(bank, self.control)
         self.explicit: Caller | None = None
         self.resting = 0
         self.holding = False
@@ -108,21 +109,19 @@ class Controller:
     def call_of(self, site: Site) -> Work | None:
         """What a layer has to do now, or None when it is left as it was: bit for bit."""
         now = self.now
-        if now is None or self.resting or now.rows.count < 2:
+        rowed = not isinstance(self.maker, FeatureRows)
+        if now is None or self.resting or (rowed and now.rows.count < 2):
             return None
         gate, strengths = self.strengths(site, now)
         if off(gate) or all(off(s) for s in strengths):
             return None
-        method = self.methods[site.method]
-        masks = tuple(r.mask for r in self.references[site.method])
-        return (
-            method,
-            self._rows(site.method, now),
-            strengths,
-            gate,
-            self.numbers_of(site.method),
-            masks,
-        )
+        i = site.method
+        masks = tuple(r.mask for r in self.references[i])
+        return (self.methods[i], self._rows(i, now), strengths, gate, self.numbers_of(i), masks)
+
+    def features(self, layer: str, query: Tensor) -> Features | None:
+        """What was kept of references without rows."""
+        return self.maker.features(layer, query) if isinstance(self.maker, FeatureRows) else None
 
     def working(self, site: CrossSite) -> bool:
         """Whether a method is at work on a cross-attention layer; if not it is left as it was."""
@@ -182,11 +181,9 @@ class Controller:
         _, strengths = self.strengths(entry, now)
         if all(off(s) for s in strengths):
             return None
-        weight, bias = parameters(module, output)
+        own = (module.num_groups, *parameters(module, output), module.eps)
         rows = self._rows(method, now)
-        call = NormCall(
-            args[0], output, module.num_groups, weight, bias, module.eps, rows, strengths
-        )
+        call = NormCall(args[0], output, *own, rows, strengths, self.backend)
         return self.methods[method].group_norm(call)
 
     # The hooks around the denoiser
@@ -374,15 +371,6 @@ class Controller:
             yield
         finally:
             self.resting -= 1
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Within: a call is known beyond its end, for blocks that are computed again."""
-        self.holding = True
-        try:
-            yield
-        finally:
-            self.holding, self.now = False, None
 
     @contextmanager
     def layout(self, caller: Caller) -> Iterator[None]:

@@ -27,7 +27,7 @@ def named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**dict(zip(PARAMETERS, args, strict=False)), **kwargs}
 
 
-def references_in_rows(method: Any, bank: StyleBank | None) -> tuple[Reference, ...]:
+def references_in_rows(method: Any, bank: Any) -> tuple[Reference, ...]:
     """The references of a method whose references are rows: its own, the bank's, or plain ones.
 
     Raises:

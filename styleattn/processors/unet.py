@@ -12,6 +12,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
+from styleattn.inversion.host import fingerprint
 from styleattn.methods import EncoderMethod, Layer, Method
 from styleattn.references import StyleBank
 
@@ -21,6 +22,7 @@ from ._companion import COMPONENT as CONTROL
 from ._companion import ControlController, PairedController, concerns_control, control_of
 from ._controller import OURS, Controller
 from ._cross import CrossSite, Entry
+from ._features import FeatureCache
 from ._layers import layer_weights
 from ._pictures import adapter_of
 from ._prompts import Prompts, prompts_of
@@ -48,6 +50,17 @@ def self_attention_layers(model: UNet2DConditionModel) -> dict[str, Attention]:
     }
 
 
+def layers_of(model: UNet2DConditionModel, method: Method) -> dict[str, Attention]:
+    """The self-attention layers that a method changes."""
+    layers = self_attention_layers(model)
+    weights = layer_weights(method.layers, list(layers))
+    return {
+        name: attn
+        for i, (name, attn) in enumerate(layers.items())
+        if weights[name] and method.takes(Layer(name, i, len(layers)))
+    }
+
+
 def cross_attention_layers(model: UNet2DConditionModel | ControlNetModel) -> dict[str, Attention]:
     """The cross-attention modules by path, in the order of `attn_processors`: down, up, mid."""
     names = [name.removesuffix(".processor") for name in model.attn_processors]
@@ -58,7 +71,7 @@ def cross_attention_layers(model: UNet2DConditionModel | ControlNetModel) -> dic
 def plan(
     model: UNet2DConditionModel,
     methods: Sequence[Method | EncoderMethod],
-    bank: StyleBank | None,
+    bank: StyleBank | FeatureCache | None,
     backend: str | None,
     pipe: Any,
 ) -> Controller:
@@ -73,7 +86,10 @@ def plan(
         references_in_rows(m, bank) if isinstance(m, Method) else m.references or ()
         for m in methods
     ]
-    if bank is not None:
+    if isinstance(bank, FeatureCache):
+        rowed = {m.name: list(layers_of(model, m)) for m in methods if isinstance(m, Method)}
+        bank.check(fingerprint(model), rowed)
+    elif bank is not None:
         _check_bank(model, bank)
     cross = cross_attention_layers(model)
     sizes = _sizes(cross)
