@@ -35,6 +35,7 @@ from styleattn.branch import Affine, Branch, Segment, normalize
 from styleattn.kernels import attention, configs, primitives
 from styleattn.kernels.attention import launch_of
 from styleattn.kernels.configs import ARCHITECTURES, high_width, low_width
+from styleattn.kernels.norms import group_norm_launches, rotary_launch
 from styleattn.kernels.stats import stats_launches
 
 BASELINE = Path(__file__).parent / "results" / "static-gate.json"
@@ -48,6 +49,7 @@ TARGETS = {
 }
 SHARED_MEMORY = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB
 LANES = {"gfx942": 64}
+STREAMING = ("stats", "rotary", "group-norm", "group-norm-last")  # no products, no hot loop
 OVERLAPPED = ("64", "128")  # head dimensions whose sm_90 loops overlap exponentials and products
 
 
@@ -133,6 +135,17 @@ KINDS: dict[str, Callable[[_Shapes], tuple[Branch, ...]]] = {
 }
 
 
+def _group_norm(channels: int, dtype: torch.dtype, positions: int, last: bool) -> list[Any]:
+    """GroupNorm of 32 groups shared with one reference row; row 0 is the reference."""
+    x = torch.empty(2, channels, positions, dtype=dtype)
+    if last:
+        x = torch.empty(2, positions, channels, dtype=dtype).transpose(1, 2)
+    rows, keep = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int8)
+    gain, out = torch.empty(channels, dtype=dtype), torch.empty_like(x)
+    rest = (gain, gain, 1e-5, True, x, keep, out)
+    return group_norm_launches(x, 32, rows, torch.ones(1), *rest)
+
+
 def launches(kind: str, arch: str, head_dim: int, dtype: torch.dtype, length: int) -> list[Any]:
     """The launches of a case."""
     shapes = _Shapes(head_dim, dtype, length)
@@ -140,6 +153,13 @@ def launches(kind: str, arch: str, head_dim: int, dtype: torch.dtype, length: in
     if kind == "stats":
         mean = torch.empty(shapes.batch, shapes.heads, head_dim)
         return stats_launches(query, 1e-5, mean, mean.clone())
+    if kind == "rotary":
+        affine, angles = shapes.affine(False), torch.ones(length, head_dim)
+        pair = (affine.scale, affine.shift)
+        weight, out = torch.empty(head_dim, dtype=dtype), torch.empty_like(query)
+        return [rotary_launch(query, weight, 1e-6, pair, (angles, angles), None, out)]
+    if kind.startswith("group-norm"):
+        return _group_norm(head_dim, dtype, length, last=kind.endswith("last"))
     branches, scale = normalize("cross_compile", query, KINDS[kind](shapes), None)
     lse = torch.empty(len(branches), *query.shape[:3])
     return [launch_of(query, branches, scale, torch.empty_like(query), lse, arch)]
@@ -169,7 +189,7 @@ def facts(case: str) -> list[dict[str, Any]]:
         code = read(kernel, arch, warps)
         blocks = {k: v for k, v in launch.constants.items() if k.startswith(("BLOCK", "COLUMNS"))}
         fact = {**asdict(code), "shared": kernel.metadata.shared, **blocks, **launch.options}
-        if kind not in ("stats", "decoupled"):
+        if kind not in (*STREAMING, "decoupled"):
             scores = blocks["BLOCK_M"] * blocks["BLOCK_N"]
             width = low_width(int(head_dim)) + high_width(int(head_dim))
             each = [loop.products / (2 * scores * width) for loop in code.loops]
@@ -197,13 +217,15 @@ def faults(
             exponentials that overlap with products; None for none.
     """
     kind, arch, head_dim, dtype, *_ = case.split()
-    half = kind != "stats" and dtype != "float32"
+    half = kind not in STREAMING and dtype != "float32"
     reasons = []
     for number, fact in enumerate(found):
         if fact["shared"] > SHARED_MEMORY[arch] * 1024:
             reasons.append(f"{fact['shared']} bytes of shared memory")
         if fact["registers"] > (512 if arch == "gfx942" else 255) or fact["spilled"]:
             reasons.append(f"{fact['registers']} registers, {fact['spilled']} spilled")
+        if kind in STREAMING and fact["stack"]:
+            reasons.append(f"{fact['stack']} bytes of stack")
         if half and not fact["matrix"]:
             reasons.append("no matrix units")
         for loop, steps in zip(fact["loops"], fact.get("steps", []), strict=False):
@@ -246,6 +268,9 @@ def cases() -> Iterator[str]:
             yield f"decoupled {arch} {dim} float16"
         yield f"decoupled {arch} 64 float32"
         yield f"stats {arch} 64 bfloat16"
+        yield f"rotary {arch} 128 bfloat16"
+        yield f"group-norm {arch} 320 bfloat16 16384"
+        yield f"group-norm-last {arch} 1280 float16 1000"
 
 
 def _warps() -> None:

@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import attention_tile, cuda_arch, decoupled_tile, hip_arch
+from ..measured import find
+from .configs import Tile, attention_tile, cuda_arch, decoupled_tile, hip_arch
 from .primitives import BranchArgs, Map, Number, Rows, SegmentArgs
 
 if TYPE_CHECKING:
@@ -292,9 +293,11 @@ def plan(
         name = "attention"
         heavy = len(branches) > 1 or any(s.own_key or s.key_bias is not None for s in segments)
         heavy |= any(s.value_map is not None for a in arguments for s in a.segments[1:])
-        tile = attention_tile(
-            arch, dim, query.element_size(), length, max(keys, default=1), heavy=heavy
-        )
+        longest = max(keys, default=1)
+        tile = attention_tile(arch, dim, query.element_size(), length, longest, heavy=heavy)
+        known = find(arch, query.dtype, dim, length, longest, batch * heads)
+        if known is not None and known.tile is not None and not heavy:
+            tile = Tile(*known.tile)
         constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         arguments = tuple(_with_capabilities(a, scale2, tile.block_n) for a in arguments)
         args = (out, lse, arguments, order, heads, length, scale2)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from styleattn import _ops, backends
+from styleattn._maps import on_device
 from styleattn.branch import Affine, Branch, Segment, check_query, normalize
 from styleattn.errors import describe, invalid
 from styleattn.statistics import TokenStats, adain_affine, check_eps, token_stats
@@ -180,9 +181,7 @@ def shared_attention(
     rows = _row_map("shared_attention", "reference_rows", reference_rows, query, query.shape[0])
     own = torch.arange(len(rows), dtype=rows.dtype, device=rows.device)
     plain = (rows == own) | (rows < 0)
-    device_rows, device_plain = (
-        t.to(query.device, non_blocking=True) for t in (rows.clamp(min=0), plain)
-    )
+    device_rows, device_plain = (on_device(t, query.device) for t in (rows.clamp(min=0), plain))
     _check_like_query("shared_attention", query, key=key, value=value)
     check_eps("shared_attention", eps, query)
     _per_row("shared_attention", query, score_scale=score_scale, score_shift=score_shift)
@@ -233,7 +232,7 @@ def _check_like_query(call: str, query: Tensor, **others: object) -> None:
 def _counted_twice(lse: Tensor, rows: Tensor, shift: Number) -> Tensor:
     """The log-sum-exp of rows that see their keys once more, with a shift on the logits."""
     shift = torch.as_tensor(shift, dtype=lse.dtype, device=lse.device).expand(len(rows))
-    more = torch.where(rows.to(lse.device), torch.nn.functional.softplus(shift), 0.0)
+    more = torch.where(on_device(rows, lse.device), torch.nn.functional.softplus(shift), 0.0)
     return lse + more[None, :, None, None]
 
 

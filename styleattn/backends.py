@@ -14,6 +14,7 @@ from torch import Tensor
 
 from styleattn.branch import Branch, describe_call
 from styleattn.errors import describe
+from styleattn.measured import TABLE, find
 
 MODULES = {
     "reference": "styleattn.reference",
@@ -24,7 +25,7 @@ MODULES = {
 _STATS = {"triton": "styleattn.kernels.stats"}
 ENVIRONMENT = "STYLEATTN_BACKEND"
 PREFERENCE = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
-"""Order of choice for `backend=None`; a later table of measurements may only reorder it."""
+"""Order of choice for `backend=None`; `measured.TABLE` reorders it for calls that it knows."""
 
 _loaded: dict[str, ModuleType] = {}
 
@@ -114,6 +115,20 @@ def _asked(backend: str | None, call: str) -> str | None:
     return backend
 
 
+def _order(query: Tensor, branches: tuple[Branch, ...]) -> tuple[str, ...]:
+    """The backends to try: what was measured as fastest for such calls, then the device's usual."""
+    usual = PREFERENCE.get(query.device.type, ("torch", "reference"))
+    if not TABLE or _missing("triton"):
+        return usual
+    arch = load("triton").arch_of(query)
+    if arch is None:
+        return usual
+    batch, heads, length, dim = query.shape
+    longest = max((s.key.shape[2] for b in branches for s in b.segments), default=1)
+    known = find(arch, query.dtype, dim, length, longest, batch * heads)
+    return usual if known is None else (known.backend, *(n for n in usual if n != known.backend))
+
+
 def resolve(call: str, query: Tensor, branches: tuple[Branch, ...], backend: str | None) -> str:
     """The backend that runs the call: the one asked for, else the first of the device's order that
     can.
@@ -123,7 +138,7 @@ def resolve(call: str, query: Tensor, branches: tuple[Branch, ...], backend: str
             shapes.
     """
     asked = _asked(backend, call)
-    order = (asked,) if asked else PREFERENCE.get(query.device.type, ("torch", "reference"))
+    order = (asked,) if asked else _order(query, branches)
     found: dict[str, list[str]] = {}
     for name in order:
         found[name] = reasons_against(name, query, branches)

@@ -24,20 +24,24 @@ ROOT = Path(__file__).resolve().parents[1]
 _OP = {"branch", "errors"}
 _BACKENDS = {"reference", "torch_backend", "cpu_backend", "kernels"}
 _CORE = _OP | {"attention", "backends", "statistics"}
-_HOSTS = _CORE | {"methods", "references", "adapters", "inversion", "processors"}
+_HOSTS = _CORE | {"methods", "norms", "references", "adapters", "inversion", "processors"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "branch": {"errors"},
-    **dict.fromkeys(_BACKENDS, _OP),
-    "backends": _OP | _BACKENDS,
+    "measured": set(),
+    **dict.fromkeys(_BACKENDS, _OP | {"measured"}),
+    "backends": _OP | _BACKENDS | {"measured"},
     "gradients": _OP,
     "lse": _OP,
     "_ops": _OP | _BACKENDS | {"backends", "gradients", "lse"},
     "statistics": _OP | {"_ops", "backends"},
-    "attention": _OP | {"_ops", "backends", "statistics"},
+    "_norm_ops": _OP | _BACKENDS | {"backends"},
+    "norms": _OP | {"_norm_ops", "backends", "statistics"},
+    "_maps": set(),
+    "attention": _OP | {"_maps", "_ops", "backends", "statistics"},
     "testing": _CORE | {"reference"},
     "references": _CORE | {"inversion"},
-    "methods": _CORE | {"references"},
+    "methods": _CORE | {"_maps", "norms", "references"},
     "adapters": _CORE | {"inversion"},  # the error of refused files
     "processors": _HOSTS,
     "inversion": _CORE,

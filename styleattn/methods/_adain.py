@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from styleattn._maps import on_device
 from styleattn.branch import Affine
 from styleattn.statistics import TokenStats, adain_affine, token_stats
 
@@ -23,7 +24,7 @@ def adain(
     own = token_stats(x, eps=_EPS, backend=call.backend)
     target = _aim(own, call.rows, call.strengths)
     affine = adain_affine(own, target)
-    plain = torch.tensor(call.rows.is_reference(), device=x.device)[:, None, None]
+    plain = on_device(call.rows.is_reference(), x.device)[:, None, None]
     scale = torch.where(plain, torch.ones_like(affine.scale), affine.scale)
     shift = torch.where(plain, torch.zeros_like(affine.shift), affine.shift)
     return Affine(scale, shift, own.mean), own
@@ -33,7 +34,7 @@ def centred(stats: TokenStats | None, rows: Tensor, key: Tensor) -> Affine | Non
     """The identity with the means of what it maps: half precision folds lose nothing by it."""
     if stats is None or key.dtype not in (torch.float16, torch.bfloat16):
         return None
-    mean = stats.mean.index_select(0, rows.clamp(min=0).to(key.device))
+    mean = stats.mean.index_select(0, on_device(rows.clamp(min=0), key.device))
     return Affine(torch.ones_like(mean), torch.zeros_like(mean), mean)
 
 
@@ -50,7 +51,7 @@ def _aim(own: TokenStats, rows: Rows, strengths: tuple[Number, ...]) -> TokenSta
         mean, std = own.mean * rest, own.std * rest
     for r, strength in enumerate(strengths):
         if not off(strength):
-            index = torch.tensor(rows.serving(r), device=mean.device).clamp(min=0)
+            index = on_device(rows.serving(r), mean.device).clamp(min=0)
             share = strength / whole
             mean = mean + own.mean.index_select(0, index) * share
             std = std + own.std.index_select(0, index) * share

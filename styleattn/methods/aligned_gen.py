@@ -14,7 +14,7 @@ from styleattn.references import Layers, Steps
 from ._adain import adain
 from ._base import Layer, Number, off
 from ._facts import Facts
-from ._joint import JointCall, JointSettings, Parts, Tokens, rotated, seen_by
+from ._joint import Features, JointCall, JointSettings, Parts, Tokens, seen_by
 
 _FLAGS = ("adain_queries", "adain_keys", "control_reference")
 
@@ -84,9 +84,9 @@ class AlignedGen(JointSettings):
     def joint_attention(self, call: JointCall, parts: Parts) -> Parts:
         """The layer's attention with the reference's image tokens in it."""
         tokens = call.tokens["image"]
-        query = self._aligned(self.adain_queries, tokens.query, tokens, call)
-        key = self._aligned(self.adain_keys, tokens.key, tokens, call)
-        moved = rotated(tokens.key, call.rotary_at(self.offset))
+        query = self._aligned(self.adain_queries, tokens.queries, tokens, call)
+        key = self._aligned(self.adain_keys, tokens.keys, tokens, call)
+        moved = tokens.keys.rotated(call.rotary_at(self.offset))
         scale: Number = call.numbers["shared_score_scale"]
         if self.time_power:
             scale = scale * call.time**self.time_power
@@ -97,14 +97,10 @@ class AlignedGen(JointSettings):
         changed["image"] = replace(changed["image"], query=query)
         return changed
 
-    def _aligned(self, wanted: bool, x: Tensor, tokens: Tokens, call: JointCall) -> Tensor:
-        """AdaIN, then the rotation; rounded once."""
-        affine, _ = adain(wanted, x, call)
-        if affine is None:
-            return rotated(x, tokens.rotary)
-        wide = x.to(affine.scale.dtype)
-        y = torch.addcmul(affine.shift[:, :, None], wide, affine.scale[:, :, None])
-        return rotated(y, tokens.rotary).to(x.dtype)
+    def _aligned(self, wanted: bool, x: Features, tokens: Tokens, call: JointCall) -> Tensor:
+        """AdaIN, then the rotation."""
+        affine = adain(wanted, x.normalised(), call)[0] if wanted else None
+        return x.rotated(tokens.rotary, affine)
 
     def _shared(
         self, call: JointCall, tokens: Tokens, moved: Tensor, scale: Number, part: str

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from styleattn._maps import on_device
 from styleattn.attention import attention, shared_attention
 from styleattn.branch import Branch, Segment
+from styleattn.norms import shared_group_norm
 from styleattn.references import Layers, Reference, Steps
 from styleattn.statistics import TokenStats
 
@@ -289,32 +291,22 @@ class StyleAligned(Settings):
         which is what normalising the concatenated maps gives, without concatenating them (biased
         variances; computed in fp32). Reference rows keep their own output, bit for bit.
         """
-        x = call.x
-        math_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        grouped = x.reshape(x.shape[0], call.groups, -1).to(math_dtype)
-        var, mean = torch.var_mean(grouped, dim=-1, correction=0)
-        parts = [(1.0, mean, var)]
-        for r, strength in enumerate(call.strengths):
-            if not off(strength):
-                rows = torch.tensor(call.rows.serving(r), device=x.device).clamp(min=0)
-                parts.append((strength, mean.index_select(0, rows), var.index_select(0, rows)))  # type: ignore[arg-type]
-        total = sum(w for w, _, _ in parts)
-        shared = cast(Tensor, sum(w * m for w, m, _ in parts) / total)
-        spread = cast(Tensor, sum(w * (v + (m - shared) ** 2) for w, m, v in parts) / total)
-        channels = x.shape[1]
-        rstd = torch.rsqrt(spread + call.eps).repeat_interleave(channels // call.groups, dim=1)
-        shift = -shared.repeat_interleave(channels // call.groups, dim=1) * rstd
-        if call.weight is not None:
-            gain = call.weight.to(math_dtype)
-            rstd, shift = rstd * gain, shift * gain
-        if call.bias is not None:
-            shift = shift + call.bias.to(math_dtype)
-        wide = (*rstd.shape, *(1 for _ in x.shape[2:]))
-        new = torch.addcmul(shift.view(wide), x.to(math_dtype), rstd.view(wide)).to(
-            call.output.dtype
+        references = [
+            (on_device(call.rows.serving(r), call.x.device).clamp(min=0), strength)
+            for r, strength in enumerate(call.strengths)
+            if not off(strength)
+        ]
+        return shared_group_norm(
+            call.x,
+            call.groups,
+            references,
+            call.weight,
+            call.bias,
+            eps=call.eps,
+            kept=call.output,
+            keep=on_device(call.rows.is_reference(), call.x.device),
+            backend=call.backend,
         )
-        mine = torch.tensor(call.rows.is_reference(), device=x.device)
-        return torch.where(mine.view(-1, *(1 for _ in x.shape[1:])), call.output, new)
 
 
 def _every(level: float, layer: Layer) -> bool:

@@ -4,8 +4,8 @@ without loaded IP-Adapters."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers.models.transformers.transformer_flux import (
@@ -19,11 +19,13 @@ from styleattn.attention import attention
 from styleattn.branch import Branch, Segment
 from styleattn.methods import Layer
 from styleattn.methods._base import Number, off
-from styleattn.methods._joint import Rotary, Tokens, attend, plain_parts
+from styleattn.methods._joint import Features, QKNorm, Rotary, Tokens, attend, plain_parts
+from styleattn.norms import fused
 
 from ._attention import STATE, watched
 from ._cross import Entry, SharesLoaded
 from ._flux_prompts import added_images, loaded_weight
+from ._norms import rms_parameters
 from .dispatch import per_key
 
 if TYPE_CHECKING:
@@ -188,35 +190,55 @@ def runs_of(
     Calls the projection modules and never reads their weights: LoRA, quantised and offloaded layers
     stay in use. The number of heads is what the projections give: fewer where they are sharded.
     """
+    backend = site.controller.backend
     image = [_heads(attn, t) for t in _projected(attn, hidden_states, "to_qkv", "to_q to_k to_v")]
-    image[:2] = attn.norm_q(image[0]), attn.norm_k(image[1])
-    streams = [image]
+    streams = [_normed((attn.norm_q, attn.norm_k), image, backend)]
     if text is not None:
         names = "add_q_proj add_k_proj add_v_proj"
         added = [_heads(attn, t) for t in _projected(attn, text, "to_added_qkv", names)]
-        added[:2] = attn.norm_added_q(added[0]), attn.norm_added_k(added[1])
-        streams = [added, image]
+        norms = (attn.norm_added_q, attn.norm_added_k)
+        streams = [_normed(norms, added, backend), *streams]
     lengths = site.controller.runs()
-    total = sum(s[0].shape[2] for s in streams)
+    total = sum(s.value.shape[2] for s in streams)
     if sum(lengths.values()) != total:
         raise RuntimeError(
             f"{site.layer.name}: {total} tokens, the denoiser was called with"
             f" {' + '.join(f'{n} {name}' for name, n in lengths.items())}"
         )
-    bias = _bias(site, attention_mask, streams[0][0], total)
+    bias = _bias(site, attention_mask, streams[0].value, total)
     found, start, offset, queue = {}, 0, 0, list(streams)
     for name, length in lengths.items():
         stream = queue[0]
         here = slice(start, start + length)
-        query, key, value = (t[:, :, offset : offset + length] for t in stream)
         place = None if rotary is None else (rotary[0][here], rotary[1][here])
         mine = None if bias is None else bias[..., here]
-        found[name] = Tokens(name, query, key, value, place, mine)
+        part = slice(offset, offset + length)
+        query, key = (replace(f, x=f.x[:, :, part]) for f in (stream.queries, stream.keys))
+        found[name] = Tokens(name, query, key, stream.value[:, :, part], place, mine)
         start, offset = start + length, offset + length
-        if offset == stream[0].shape[2] and len(queue) > 1:
+        if offset == stream.value.shape[2] and len(queue) > 1:
             queue.pop(0)
             offset = 0
     return found
+
+
+class _Stream(NamedTuple):
+    """What one set of projections makes: all image tokens, or all text tokens."""
+
+    queries: Features
+    keys: Features
+    value: Tensor
+
+
+def _normed(norms: tuple[Any, Any], projected: Sequence[Tensor], backend: str | None) -> _Stream:
+    """Normalised by the modules; where kernels compute, by the pass that rotates."""
+
+    def features(norm: Any, x: Tensor) -> Features:
+        parts = rms_parameters(norm, x) if fused(x, backend) else None
+        return Features(norm(x)) if parts is None else Features(x, QKNorm(*parts, backend))
+
+    query, key, value = projected
+    return _Stream(features(norms[0], query), features(norms[1], key), value)
 
 
 def _projected(attn: Any, x: Tensor, fused: str, names: str) -> Sequence[Tensor]:

@@ -157,10 +157,10 @@ def _mask(
     pictures in context not at all."""
     if mask is None:
         return None
-    share = controller.share(mask, tokens["image"].query.device)
+    share = controller.share(mask, tokens["image"].value.device)
     parts = []
     for name in names:
-        length = tokens[name].query.shape[2]
+        length = tokens[name].value.shape[2]
         none = share.new_zeros(1) if name == "reference" else share.mean().reshape(1)
         parts.append(share if name == "image" else none.expand(length))
     return torch.cat(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -11,6 +12,18 @@ if not torch.cuda.is_available():
 
 import numpy as np
 from triton.runtime import interpreter
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A process runs the kernels either in the interpreter or on the GPU."""
+    compiled = os.environ.get("TRITON_INTERPRET") != "1"
+    for item in items:
+        if "kernels" in item.path.parts and item.path.name not in ("test_compile.py",):
+            on_gpu = item.get_closest_marker("gpu") is not None
+            if compiled != on_gpu:
+                where = "a GPU, without TRITON_INTERPRET" if on_gpu else "TRITON_INTERPRET=1"
+                item.add_marker(pytest.mark.skip(reason=f"needs {where}"))
+
 
 _BUILDER = interpreter.InterpreterBuilder
 _dot, _truncate = _BUILDER.create_dot, _BUILDER.create_fp_trunc
