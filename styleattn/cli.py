@@ -53,6 +53,19 @@ ContentPrompts = Annotated[
 Weights = Annotated[list[float] | None, typer.Option(help="Of the reference; one for each.")]
 Adapter = Annotated[str | None, typer.Option(help="Of the method: a file or folder.")]
 ImageEncoder = Annotated[str | None, typer.Option(help="Its folder; the model's own if not given.")]
+ControlNet = Annotated[
+    str | None, typer.Option(help="Its folder: csgo and instant_style_plus, tile.")
+]
+Mask = Annotated[
+    str | None, typer.Option(help="fill_diptych: white is painted, of the content's size.")
+]
+Strength = Annotated[
+    float | None, typer.Option(help="fill_diptych: 0 to 1; 1 with a mask, else 0.6.")
+]
+Words = Annotated[list[str] | None, typer.Option(help="FILE:word, a word for prompts; repeat.")]
+TrueGuidance = Annotated[float | None, typer.Option(help="FLUX: by a second call, above 1.")]
+Offset = Annotated[int | None, typer.Option(help="Steps the reference is ahead at first.")]
+Backend = Annotated[str | None, typer.Option(help="Of the attention; best if not given.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Size = Annotated[int | None, typer.Option(help="Pixels; the model's own size if not given.")]
 
@@ -145,21 +158,18 @@ def stylize(
     bank: Annotated[str | None, typer.Option(help="A bank, in place of --reference.")] = None,
     adapter: Adapter = None,
     image_encoder: ImageEncoder = None,
-    controlnet: Annotated[
-        str | None, typer.Option(help="Its folder: csgo and instant_style_plus, tile.")
-    ] = None,
+    controlnet: ControlNet = None,
     control_scale: Annotated[float | None, typer.Option(help="Of the ControlNet.")] = None,
+    mask: Mask = None,
+    strength: Strength = None,
+    canvas: Annotated[bool | None, typer.Option(help="fill_diptych: write it whole too.")] = None,
     lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:weight; repeat.")] = None,
-    textual_inversion: Annotated[
-        list[str] | None, typer.Option(help="FILE:word, a word for prompts; repeat.")
-    ] = None,
+    textual_inversion: Words = None,
     seed: Annotated[int | None, typer.Option(help="Picture i is drawn from seed + i.")] = None,
     steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
-    true_guidance: Annotated[
-        float | None, typer.Option(help="FLUX: by a second call, above 1.")
-    ] = None,
+    true_guidance: TrueGuidance = None,
     batch_size: Annotated[int | None, typer.Option(help="Pictures at a time.")] = None,
     score_shift: Annotated[float | None, typer.Option(help="More style above 0; log 2.")] = None,
     score_scale: Annotated[float | None, typer.Option(help="0.5 for famous references.")] = None,
@@ -172,12 +182,8 @@ def stylize(
         str | None, typer.Option(help="ddim, renoise, belm (exact) or noise (none).")
     ] = None,
     labels: Annotated[str | None, typer.Option(help="Of ddim: paper or consistent.")] = None,
-    offset: Annotated[
-        int | None, typer.Option(help="Steps the reference is ahead at first.")
-    ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="Of the attention; best if not given.")
-    ] = None,
+    offset: Offset = None,
+    backend: Backend = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16.")] = None,
     variant: Variant = None,

@@ -35,6 +35,8 @@ class Drawing:
         prompts, seeds: one for each picture.
         picture: the content picture as it was given.
         control_scale: of the pipeline's ControlNet; None for the recipe's own.
+        filling: of the job.
+        whole: keeps a canvas that a picture is cut from: called with its number and the canvas.
         seed: of the job; reference i that is made from a prompt is drawn from ``seed + i``.
         callback: called with (steps done, steps).
     """
@@ -51,6 +53,8 @@ class Drawing:
     sources: Sequence[Source] = ()
     picture: Picture | None = None
     control_scale: float | None = None
+    filling: Any = None
+    whole: Callable[[int, Image.Image], None] | None = None
     seed: int = 0
     callback: Callable[[int, int], None] | None = None
 

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,8 @@ def _note(folder: _Folder, ready: Ready, contents: Sequence[Source]) -> None:
     if bank is not None:
         folder.manifest["reference"] = {"fingerprint": bank_key(bank), **dict(bank.metadata)}
     folder.manifest["contents"] = [
-        {"name": source.name, "key": key, **path.summary()}
-        for source, key, path in zip(contents, ready.keys[1:], ready.contents, strict=True)
+        {"name": source.name, "key": key, **({} if path is None else path.summary())}
+        for source, key, path in zip_longest(contents, ready.keys[1:], ready.contents)
     ]
 
 
@@ -174,11 +175,11 @@ def _check(
     if not 0 <= job.seed < 2**63 - len(job.prompts):
         raise ValueError(f"seed must lie in 0..{2**63 - len(job.prompts) - 1}, got {job.seed}")
     offset, steps = job.inversion.offset, job.sampling.num_inference_steps
-    check_sampling(pipe, job.sampling)
+    check_sampling(pipe, job.sampling, recipe.pipeline)
     if offset is not None and not 0 <= offset < steps:
         raise ValueError(f"offset must lie in 0..{steps - 1}, got {offset}")
     recipe.check(job)
-    apply(pipe, job.method, backend=job.backend).remove()
+    apply(pipe, job.method, *job.further, backend=job.backend).remove()
     status = None if job.backend is None else backends()[job.backend]
     if status is not None and not status.available:
         raise Unsupported(f"backend {status.name!r} cannot run here: {status.detail}")
@@ -221,7 +222,7 @@ def _pictures(
         seconds = 0.0
         if missing:
             start = time.perf_counter()
-            pictures = _generate(folder, ready, run, (number * steps, total))
+            pictures = _generate(folder, ready, run, (number * steps, total), names)
             seconds = (time.perf_counter() - start) / len(run)
             for i in missing:
                 facts = {"key": keys[i], "prompt": job.prompts[i], "seed": job.seed + i}
@@ -238,17 +239,26 @@ def _pictures(
                     "key": keys[i],
                     "found": i not in missing,
                     "seconds": seconds,
+                    **({"canvas": _canvas(names[i])} if job.canvas else {}),
                 }
             )
         folder.progress("pictures", (number + 1) * steps, total)
         folder.save()
 
 
+def _canvas(name: str) -> str:
+    """The file of the canvas that a picture was cut from."""
+    return f"{name.removesuffix('.png')}-canvas.png"
+
+
 def _generate(
-    folder: _Folder, ready: Ready, run: range, progress: tuple[int, int]
+    folder: _Folder, ready: Ready, run: range, progress: tuple[int, int], names: Sequence[str]
 ) -> list[Image.Image]:
     """One batch, styled."""
     before, total = progress
+
+    def keep(number: int, whole: Image.Image) -> None:
+        _write_png(folder.out / _canvas(names[run.start + number]), whole, {})
 
     def report(step: int, steps: int) -> None:
         folder.progress("pictures", before + step, total)
@@ -265,6 +275,8 @@ def _generate(
         sources=ready.sources,
         picture=ready.picture(first),
         control_scale=job.control_scale,
+        filling=job.filling,
+        whole=keep,
         seed=job.seed,
         prompts=[job.prompts[i] for i in run],
         seeds=[job.seed + i for i in run],

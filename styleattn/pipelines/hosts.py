@@ -58,12 +58,15 @@ def levels(pipe: Any, num_inference_steps: int) -> list[int]:
     return timesteps_of(pipe, num_inference_steps)
 
 
-def check_sampling(pipe: Any, sampling: Any) -> None:
+def check_sampling(pipe: Any, sampling: Any, pipeline: str = "FluxPipeline") -> None:
     """Refuse a run that a pipeline cannot make as it is asked for.
+
+    Args:
+        pipeline: the class that is wanted on FLUX.
 
     Raises:
         ValueError: steps, sizes or guidance without meaning for it; every reason for FLUX.
-        HostUnsupported: a pipeline that makes no pictures from prompts alone.
+        HostUnsupported: on FLUX a pipeline of another class.
     """
     steps, height, width = sampling.num_inference_steps, sampling.height, sampling.width
     if host_of(pipe) == "unet":
@@ -71,8 +74,8 @@ def check_sampling(pipe: Any, sampling: Any) -> None:
         if sampling.true_guidance != 1.0:
             raise ValueError("true guidance is FLUX's; on UNets guidance is always true")
         return
-    if type(pipe).__name__ != "FluxPipeline":
-        raise HostUnsupported(f"stylize draws with a FluxPipeline, not a {type(pipe).__name__}")
+    if type(pipe).__name__ != pipeline:
+        raise HostUnsupported(f"the method draws with a {pipeline}, not a {type(pipe).__name__}")
     most, side = int(pipe.scheduler.config.num_train_timesteps), 2 * vae_scale(pipe)
     reasons = []
     if not 1 <= steps <= most:

@@ -40,6 +40,9 @@ DEFAULTS: dict[str, Any] = {
     "image_encoder": None,
     "controlnet": None,
     "control_scale": None,
+    "mask": None,
+    "strength": None,
+    "canvas": False,
     "seed": 0,
     "steps": 50,
     "guidance": 10.0,
@@ -70,6 +73,7 @@ TINY_DEFAULTS: dict[str, Any] = {
 SCHNELL_DEFAULTS: dict[str, Any] = {"steps": 4, "guidance": 0.0}
 _SCALES = (
     "control_scale",
+    "strength",
     "guidance",
     "true_guidance",
     "score_shift",
@@ -80,7 +84,7 @@ _NUMBERS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("seed", "steps", "batch_size", "height", "width", "offset"), (int,)),
     **dict.fromkeys(_SCALES, (int, float)),
     "reference_weight": (int, float),
-    "offload": (bool,),
+    **dict.fromkeys(("offload", "canvas"), (bool,)),
 }
 _REFERENCES = ("reference", "reference_prompt", "reference_weight")
 _LISTS = {*_REFERENCES, "content", "content_prompt", "lora", "textual_inversion"}
@@ -232,7 +236,8 @@ def styled_method(options: Mapping[str, Any], knobs: Sequence[str]) -> Any:
     ):
         if options[option] is not None:
             base[knob] = float(options[option])
-    base.update({k: options[k] for k in ("adapter", "image_encoder") if options[k] is not None})
+    if recipes_on(options["host"]).get(name, Recipe()).own_adapter:
+        base.update({k: options[k] for k in ("adapter", "image_encoder") if options[k] is not None})
     return make_method(name, knobs, base)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from styleattn.references import StyleBank
 
 from .additions import Lora, Word
+from .filling import filling_of
 from .folder import run_folder
 from .models import hushed, load_model
 from .sampling import Sampling
@@ -40,6 +41,7 @@ def run_stylize(
     method = styled_method(options, knobs)
     sources, contents = pictures_of(options)
     bank = None if options["bank"] is None else StyleBank.load(options["bank"])
+    filling = filling_of(options, method, sources, contents)
     job = Job(
         prompts=prompts_of(options, len(contents)),
         method=method,
@@ -62,6 +64,7 @@ def run_stylize(
         backend=options["backend"],
         model=options["model"],
         control_scale=control_scale(options),
+        filling=filling,
         loras=tuple(Lora.parse(x) for x in options["lora"] or ()),
         words=tuple(Word.parse(x) for x in options["textual_inversion"] or ()),
     )
