@@ -179,7 +179,8 @@ def stylize(
     width: Size = None,
     inversion_guidance: Annotated[float | None, typer.Option(help="Of the inversion.")] = None,
     inversion: Annotated[
-        str | None, typer.Option(help="ddim, renoise, belm (exact) or noise (none).")
+        str | None,
+        typer.Option(help="ddim, renoise, belm (exact); FLUX: rf_solver, euler, rf_inversion; noise."),
     ] = None,
     labels: Annotated[str | None, typer.Option(help="Of ddim: paper or consistent.")] = None,
     offset: Offset = None,
@@ -334,7 +335,8 @@ def bank_build(
         {"model": model, "steps": steps, "inversion_guidance": inversion_guidance}, None
     )
     sampling = Sampling(options["steps"], height=height, width=width)
-    inversion = Inversion(float(options["inversion_guidance"]), labels, offset)
+    guidance = float(options["inversion_guidance"])
+    inversion = Inversion(guidance, labels, offset, options["inversion"])
     with hushed():
         pipe = load_model(model, device=device, dtype=dtype, variant=variant, scheduler=scheduler)
     with _progress() as report:

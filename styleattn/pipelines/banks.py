@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from styleattn.inversion import round_trip_error
+from styleattn.inversion import Trajectory, flow_restore, round_trip_error
+from styleattn.inversion.ddim import relative_error
 from styleattn.inversion.host import Picture
 from styleattn.references import StyleBank
 
+from .hosts import host_of, max_tokens
 from .sampling import Sampling
 from .style_aligned import TRANSFER, Inversion, make_bank, make_trajectory
 
@@ -54,12 +56,20 @@ def build_bank_file(
         callback=lambda done, total: progress("reference", done, total),
     )
     if check:
-        trajectory = trajectory.with_round_trip_error(round_trip_error(pipe, trajectory))
+        trajectory = trajectory.with_round_trip_error(_way_back(pipe, trajectory))
     bank = make_bank(pipe, trajectory, TRANSFER, offset=inversion.offset)
     facts = {**dict(bank.metadata), "round_trip_error": trajectory.round_trip_error}
     bank = replace(bank, metadata=facts)
     bank.save(path)
     return bank_facts(bank)
+
+
+def _way_back(pipe: Any, trajectory: Trajectory) -> float:
+    """‖z_0' - z_0‖ / ‖z_0‖ of what sampling makes of a trajectory's noise."""
+    if host_of(pipe) == "unet":
+        return round_trip_error(pipe, trajectory)
+    found = flow_restore(pipe, trajectory, max_sequence_length=max_tokens(pipe))
+    return relative_error(found, trajectory.latents[-1:])
 
 
 def bank_facts(bank: StyleBank) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from .models import device_name, versions
 from .sampling import batches
 from .sheet import Cell, contact_sheet
 from .sources import FORMAT, Job, Ready, Source, Workshop, bank_key, digest, shown, style_latents
+from .style_aligned import check_inversion
 
 MANIFEST, SHEET = "manifest.json", "contact_sheet.png"
 _CHUNK = "styleattn"  # of the PNG: which settings made it
@@ -164,8 +165,6 @@ def _check(
         raise ValueError(f"{name} takes {recipe.most} reference pictures, got {len(sources)}")
     if job.control_scale is not None and getattr(pipe, "controlnet", None) is None:
         raise ValueError("a control scale needs a ControlNet (--controlnet)")
-    if recipe.beside and (bank is not None or any(s.picture is not None for s in sources)):
-        raise ValueError(f"{name} on FLUX takes references that are prompts (--reference-prompt)")
     if len(contents) not in (0, 1, len(job.prompts)):
         raise ValueError(
             f"{len(contents)} content pictures need as many prompts, got {len(job.prompts)}"
@@ -174,6 +173,8 @@ def _check(
         raise ValueError(f"{name} takes no reference picture")
     if not 0 <= job.seed < 2**63 - len(job.prompts):
         raise ValueError(f"seed must lie in 0..{2**63 - len(job.prompts) - 1}, got {job.seed}")
+    if recipe.roles and any(s.picture is not None for s in (*sources, *contents)):
+        check_inversion(pipe, job.inversion)
     offset, steps = job.inversion.offset, job.sampling.num_inference_steps
     check_sampling(pipe, job.sampling, recipe.pipeline)
     if offset is not None and not 0 <= offset < steps:

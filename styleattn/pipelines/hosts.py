@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from styleattn.inversion.flow_host import MAX_TOKENS, flow_levels, flow_size
 from styleattn.inversion.host import (
     HostUnsupported,
     check_host,
@@ -16,7 +17,6 @@ from styleattn.inversion.host import (
     device_of,
     encode_prompts,
     timesteps_of,
-    vae_scale,
 )
 from styleattn.inversion.invert import check_run
 
@@ -43,19 +43,25 @@ def denoiser(pipe: Any) -> Any:
 
 def size_of(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
     """The size in pixels of pictures of a wanted size; None is the pipeline's own."""
-    if host_of(pipe) == "unet":
-        own = default_size(pipe)
-    else:
-        own = (pipe.default_sample_size * vae_scale(pipe),) * 2
+    if host_of(pipe) == "flux":
+        return flow_size(pipe, height, width)
+    own = default_size(pipe)
     return (own[0] if height is None else height, own[1] if width is None else width)
 
 
-def levels(pipe: Any, num_inference_steps: int) -> list[int]:
-    """What tells the noise levels of a run apart, next to the scheduler's settings: timesteps, or
-    on FLUX, where they hang on the size as well, their number."""
+def levels(pipe: Any, sampling: Any) -> Sequence[float]:
+    """The noise levels of a run: timesteps, on FLUX shares of noise."""
+    steps = sampling.num_inference_steps
     if host_of(pipe) == "flux":
-        return [num_inference_steps]
-    return timesteps_of(pipe, num_inference_steps)
+        return flow_levels(pipe, steps, *size_of(pipe, sampling.height, sampling.width))
+    return timesteps_of(pipe, steps)
+
+
+def max_tokens(pipe: Any) -> int:
+    """How many tokens T5 gives a FLUX: schnell was trained with half of dev's, another model with
+    what its tokenizer says."""
+    most = MAX_TOKENS if pipe.transformer.config.guidance_embeds else MAX_TOKENS // 2
+    return min(most, int(pipe.tokenizer_2.model_max_length))
 
 
 def check_sampling(pipe: Any, sampling: Any, pipeline: str = "FluxPipeline") -> None:
@@ -76,15 +82,14 @@ def check_sampling(pipe: Any, sampling: Any, pipeline: str = "FluxPipeline") -> 
         return
     if type(pipe).__name__ != pipeline:
         raise HostUnsupported(f"the method draws with a {pipeline}, not a {type(pipe).__name__}")
-    most, side = int(pipe.scheduler.config.num_train_timesteps), 2 * vae_scale(pipe)
+    most = int(pipe.scheduler.config.num_train_timesteps)
     reasons = []
     if not 1 <= steps <= most:
         reasons.append(f"num_inference_steps must lie in 1..{most}, got {steps}")
-    size = size_of(pipe, height, width)
-    if any(s <= 0 or s % side for s in size):
-        reasons.append(
-            f"height and width must be positive multiples of {side}, got {size[0]} x {size[1]}"
-        )
+    try:
+        size_of(pipe, height, width)
+    except ValueError as error:
+        reasons.append(str(error))
     if sampling.negative_prompt is not None and sampling.true_guidance <= 1:
         reasons.append("a negative prompt acts on FLUX under a true guidance above 1")
     if sampling.guidance_scale and not pipe.transformer.config.guidance_embeds:
@@ -111,8 +116,8 @@ def call_arguments(pipe: Any, prompts: Sequence[str], sampling: Any) -> dict[str
 
 
 def _flux_words(pipe: Any, prompts: Sequence[str]) -> dict[str, Any]:
-    """Embeddings of prompts; schnell was trained with half of dev's 512 tokens."""
-    length = 512 if pipe.transformer.config.guidance_embeds else 256
+    """Embeddings of prompts."""
+    length = max_tokens(pipe)
     with torch.no_grad():
         rows = [
             pipe.encode_prompt(p, None, device=device_of(pipe), max_sequence_length=length)[:2]

@@ -141,14 +141,16 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-_GUIDED = {"steps": 28, "guidance": 3.5}
-
 FLUX_RECIPES: dict[str, Recipe] = {
-    "style_aligned": Recipe(home="drawing:beside", beside=True, defaults=_GUIDED),
-    "aligned_gen": Recipe(home="drawing:beside", beside=True, defaults=_GUIDED),
-    "redux": Recipe(roles=(), shown=True, defaults=_GUIDED),
-    "ip_adapter": Recipe(roles=(), shown=True, defaults=_GUIDED),
-    "instant_style": Recipe(roles=(), shown=True, defaults=_GUIDED),
+    "style_aligned": Recipe(home="drawing:beside", beside=True),
+    "aligned_gen": Recipe(home="drawing:beside", beside=True),
+    "redux": Recipe(roles=(), shown=True),
+    "ip_adapter": Recipe(roles=(), shown=True),
+    "instant_style": Recipe(roles=(), shown=True),
+    # Its faces come in files of identities: --set identity=FILE.
+    "pulid_flux": Recipe(roles=(), defaults={"guidance": 4.0}),
+    "in_context": Recipe(roles=(), shown=True),
+    "easy_control": Recipe(roles=(), shown=True),
     "fill_diptych": Recipe(
         home="filling:draw",
         checked="filling:check",

@@ -22,7 +22,8 @@ class Refused(ValueError):
 
 
 # What counts is the command line, then --config, then what suits the method on the embedded model,
-# then that model, then the method, then these: the paper's settings for transfer from a picture.
+# then that model, then the method, then FLUX's where it is one, then these: the paper's settings
+# for transfer from a picture.
 DEFAULTS: dict[str, Any] = {
     "model": TINY,
     "method": "style_aligned",
@@ -69,6 +70,12 @@ TINY_DEFAULTS: dict[str, Any] = {
     "guidance": 3.0,
     "inversion_guidance": 1.0,
     "offset": 0,
+}
+FLUX_DEFAULTS: dict[str, Any] = {
+    "steps": 28,
+    "guidance": 3.5,
+    "inversion": "rf_solver",
+    "inversion_guidance": 1.0,
 }
 SCHNELL_DEFAULTS: dict[str, Any] = {"steps": 4, "guidance": 0.0}
 _SCALES = (
@@ -117,7 +124,8 @@ def merged(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
     recipe = recipes_on(host).get(method, Recipe())
     own = {**TINY_DEFAULTS, **recipe.tiny} if model == TINY else {}
     own = own if family["guided"] else SCHNELL_DEFAULTS
-    found = {**DEFAULTS, **recipe.defaults, **own, **written, **chosen}
+    usual = {**DEFAULTS, **(FLUX_DEFAULTS if host == "flux" else {})}
+    found = {**usual, **recipe.defaults, **own, **written, **chosen}
     return {**found, "knobs": knobs, "host": host}
 
 

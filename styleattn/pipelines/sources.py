@@ -287,7 +287,7 @@ class Workshop:
             "scheduler": self.facts["scheduler"],
             "dtype": self.facts["dtype"],
             "device": self.facts["device"]["type"],
-            "timesteps": levels(pipe, job.sampling.num_inference_steps),
+            "timesteps": levels(pipe, job.sampling),
             "size": size_of(pipe, job.sampling.height, job.sampling.width),
             "inversion": asdict(self._inversion),
             "method": job.method.to_dict(),

@@ -18,6 +18,8 @@ from styleattn.inversion import (
     belm_invert,
     ddim_invert,
     ddim_sample,
+    flow_invert,
+    flow_sample,
     noised,
     renoise_invert,
 )
@@ -28,12 +30,15 @@ from styleattn.processors import apply, paused
 from styleattn.processors.bank import build_bank, reference_callback
 from styleattn.references import Reference, StyleBank
 
+from .hosts import host_of, max_tokens
 from .sampling import Callback, Sampling, batches, generate
 
 TRANSFER = StyleAligned(shared_score_shift=log(2))
 """The paper's setting for transfer from one's own picture; for famous ones: scale 0.5, shift 0."""
 
 INVERSIONS = ("ddim", "renoise", "belm", "noise")
+FLOW_INVERSIONS = ("rf_solver", "euler", "rf_inversion", "noise")
+"""On FLUX."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Inversion:
             for a picture inverted with the paper's labels, and 0 for every other reference: then
             each latent has the noise level that the UNet is told.
         kind: "ddim", "renoise", "belm" (exact) or "noise" (none: fresh noise at every level);
-            labels are those of "ddim".
+            labels are those of "ddim". On FLUX "rf_solver", "euler", "rf_inversion" or "noise".
 
     Raises:
         ValueError: a guidance scale that is no number, or unknown labels or kind.
@@ -66,8 +71,22 @@ class Inversion:
             )
         if self.labels not in LABELS:
             raise ValueError(f"unknown labels {self.labels!r}: expected one of {LABELS}")
-        if self.kind not in INVERSIONS:
-            raise ValueError(f"unknown inversion {self.kind!r}: expected one of {INVERSIONS}")
+        known = tuple(dict.fromkeys((*INVERSIONS, *FLOW_INVERSIONS)))
+        if self.kind not in known:
+            raise ValueError(f"unknown inversion {self.kind!r}: expected one of {known}")
+
+
+def check_inversion(pipe: Any, inversion: Inversion) -> None:
+    """Refuse an inversion of another family of models.
+
+    Raises:
+        ValueError: says which there are.
+    """
+    known = FLOW_INVERSIONS if host_of(pipe) == "flux" else INVERSIONS
+    if inversion.kind not in known:
+        raise ValueError(
+            f"a {type(pipe).__name__} is not inverted by {inversion.kind!r}: one of {known} does it"
+        )
 
 
 def make_trajectory(
@@ -104,6 +123,14 @@ def make_trajectory(
         "callback": report,
     }
     with paused(pipe):
+        if host_of(pipe) == "flux":
+            arguments["max_sequence_length"] = max_tokens(pipe)
+            if reference is None:
+                guided = pipe.transformer.config.guidance_embeds
+                guidance = sampling.guidance_scale if guided else 1.0
+                return flow_sample(pipe, prompt, seed=seed, guidance_scale=guidance, **arguments)
+            arguments["checkpoint"] = checkpoint
+            return _flow_inverted(pipe, reference, prompt, inversion, seed, arguments)
         if reference is None:
             guidance = sampling.guidance_scale
             return ddim_sample(pipe, prompt, seed=seed, guidance_scale=guidance, **arguments)
@@ -116,6 +143,29 @@ def make_trajectory(
         if inversion.kind == "belm":
             return belm_invert(pipe, reference, prompt, **arguments)
         return ddim_invert(pipe, reference, prompt, labels=inversion.labels, **arguments)
+
+
+def _flow_inverted(
+    pipe: Any,
+    reference: Picture | Tensor,
+    prompt: str,
+    inversion: Inversion,
+    seed: int,
+    arguments: dict[str, Any],
+) -> Trajectory:
+    """A picture inverted on FLUX; the seed is that of methods that draw noise."""
+    check_inversion(pipe, inversion)
+    method = {"noise": "noised"}.get(inversion.kind, inversion.kind)
+    drawn = method in ("noised", "rf_inversion")
+    return flow_invert(
+        pipe,
+        reference,
+        prompt,
+        method=method,
+        guidance_scale=inversion.guidance_scale,
+        seed=seed if drawn else None,
+        **arguments,
+    )
 
 
 def make_bank(
@@ -149,6 +199,7 @@ def make_bank(
         num_inference_steps=len(found[0]),
         offset=offset,
         negative_prompt=negative_prompt,
+        max_sequence_length=max_tokens(pipe) if host_of(pipe) == "flux" else None,
     )
 
 

@@ -16,6 +16,7 @@ from styleattn import cli
 from styleattn.methods import AlignedGen, InstantStyle, IPAdapter, Redux, StyleAligned
 from styleattn.pipelines import load_model
 from styleattn.processors import apply
+from styleattn.processors.bank import build_bank
 from styleattn.references import Reference
 
 torch.set_num_threads(1)
@@ -107,6 +108,25 @@ def test_references_from_prompts(place, pipe, tmp_path, method):
     assert same(found, stylize(place, tmp_path / "b", method.name, *words, "--batch-size", "1"))
 
 
+def test_references_from_pictures(place, pipe, tmp_path, capsys):
+    """Inverted once, kept as a bank; the same from a bank that was built before."""
+    picture = ["--reference", place / "a.png", "--reference-prompt", "a thing"]
+    found = stylize(place, tmp_path / "a", "aligned_gen", *picture)
+    shown = Reference(image=place / "a.png", prompt="a thing")
+    bank = build_bank(pipe, shown, AlignedGen(), num_inference_steps=2, height=16, width=16)
+    with apply(pipe, AlignedGen(), bank=bank):
+        assert same(found, drawn(pipe))
+    assert other(found, drawn(pipe))
+    capsys.readouterr()
+    file = tmp_path / "bank.safetensors"
+    argv = ["bank", "build", "--model", place / "model", *picture, "--out", file, "--check"]
+    argv += ["--steps", "2", "--height", "16", "--width", "16", "--device", "cpu"]
+    assert cli.main([*map(str, argv)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["labels"] == ["flow"] and facts["round_trip_error"] >= 0
+    assert same(stylize(place, tmp_path / "b", "aligned_gen", "--bank", file), found)
+
+
 def test_redux(place, pipe, tmp_path):
     files = ["--adapter", place / "redux.safetensors", "--image-encoder", place / "siglip"]
     pictures = ["--reference", place / "a.png", "--reference", place / "b.png"]
@@ -185,7 +205,7 @@ def test_a_word(place, tmp_path):
 
 
 BAD = [
-    (["--reference", "{place}/a.png"], "--reference-prompt"),
+    (["--reference", "{place}/a.png", "--inversion", "ddim"], "is not inverted by 'ddim'"),
     (["--scheduler", "ddim"], "DDIM is no scheduler of FLUX"),
     (["--negative-prompt", "ugly"], "under a true guidance above 1"),
     (["--true-guidance", "0.5"], "true_guidance"),
