@@ -13,7 +13,7 @@ RUN := HF_HUB_OFFLINE=1 $(BIN)/
 WORKERS ?= auto
 PYTEST := $(RUN)python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: setup demo test full lint format fuzz bench dist clean
+.PHONY: setup demo test full lint format fuzz bench gpu dist clean
 
 setup: $(VENV)/.installed
 
@@ -52,6 +52,10 @@ fuzz: setup
 # ARGS: see `make bench ARGS=--help`
 bench: setup
 	$(RUN)python benchmarks/run.py $(ARGS)
+
+# everything that a GPU is wanted for, in ten minutes; ARGS=--dry-run without one
+gpu: setup
+	$(RUN)python benchmarks/gpu.py $(ARGS)
 
 dist: setup
 	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist

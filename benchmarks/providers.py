@@ -3,8 +3,10 @@
     ours-<backend>      the public functions, statistics included
     official            as the method's own code writes it, in eager PyTorch
     official-compiled   the same under torch.compile
-    sdpa[-cudnn]        PyTorch's attention, given everything materialised in memory
-    flex                FlexAttention, compiled, likewise; biases by score_mod
+    sdpa[-KERNEL]       PyTorch's attention, given everything materialised in memory
+    flex                FlexAttention, compiled and tuned, likewise; biases by score_mod
+    flex-merged         the same in two calls with our algebra, merged by their log-sum-exp
+    fa2, fa3, fa4       Dao-AILab's kernels, likewise, where they are installed
     xformers, sage      likewise, where they are installed
 
 Libraries are given transformed, concatenated keys and values for nothing: what they are charged is
@@ -18,9 +20,11 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from cases import Case
+from folded import fold_shared
 from formulations import FORMULATIONS, Attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -107,19 +111,32 @@ def _sdpa(backend: SDPBackend | None) -> Callable[[Case], Run]:
     return prepare
 
 
-def _cudnn_reasons(case: Case) -> list[str]:
-    reasons = []
-    if case.device.type != "cuda":
-        reasons.append(f"cuDNN runs on cuda, not on {case.device.type}")
-    if case.dtype not in HALF:
-        reasons.append(f"cuDNN attention takes half precision, not {case.dtype}")
+def _kernel_reasons(name: str, masks: bool = True) -> Callable[[Case], list[str]]:
+    """Why one of PyTorch's own CUDA kernels cannot run a case."""
+
+    def reasons(case: Case) -> list[str]:
+        found = []
+        if case.device.type != "cuda":
+            found.append(f"{name} runs on cuda, not on {case.device.type}")
+        if case.dtype not in HALF:
+            found.append(f"{name} attention takes half precision, not {case.dtype}")
+        if not masks and case.problem.shift != 0.0:
+            found.append(f"{name} attention takes no mask")
+        return found
+
     return reasons
+
+
+def _tuned(function: Callable[..., Any], case: Case) -> Callable[..., Any]:
+    """Compiled, on a GPU with every configuration tried."""
+    mode = "max-autotune-no-cudagraphs" if case.device.type == "cuda" else None
+    return torch.compile(function, dynamic=False, mode=mode)  # type: ignore[no-any-return]
 
 
 def _flex(case: Case) -> Run:
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = _tuned(flex_attention, case)
 
     def bound(a: Attention) -> Run:
         columns, rows = a.key_bias, a.row_bias
@@ -142,6 +159,34 @@ def _flex_reasons(case: Case) -> list[str]:
     return []
 
 
+def _flex_merged(case: Case) -> Run:
+    """FlexAttention's strongest form of shared attention, by our algebra: AdaIN of the keys folded
+    into two queries, own and reference keys each by a call of their own, merged by their LSE. The
+    folds are given for nothing."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    folded = fold_shared(case)
+
+    def both(q_own, q_ref, key, value, own_term, ref_term, rows, targets):  # type: ignore[no-untyped-def]
+        aux = AuxRequest(lse=True)
+        one, first = flex_attention(q_own, key, value, scale=folded.scale, return_aux=aux)
+        k, v = key[rows], value[rows]
+        two, second = flex_attention(q_ref, k, v, scale=folded.scale, return_aux=aux)
+        share = torch.sigmoid((second.lse + ref_term) - (first.lse[targets] + own_term))
+        mixed = torch.lerp(one[targets].float(), two.float(), share[..., None])
+        return one.index_copy(0, targets, mixed.to(one.dtype))
+
+    compiled = _tuned(both, case)
+    return lambda: compiled(*folded.tensors)
+
+
+def _flex_merged_reasons(case: Case) -> list[str]:
+    reasons = [] if case.problem.kind == "shared" else ["only for shared attention"]
+    if case.device.type != "cuda":
+        reasons.append("FlexAttention gives no log-sum-exp on a CPU")
+    return reasons
+
+
 def _xformers(case: Case) -> Run:
     attend = importlib.import_module("xformers.ops").memory_efficient_attention
 
@@ -156,13 +201,49 @@ def _xformers(case: Case) -> Run:
     return lambda: _combine(attentions, one)
 
 
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it would be in
+        return False
+
+
 def _guest_reasons(package: str) -> Callable[[Case], list[str]]:
     def reasons(case: Case) -> list[str]:
         found = []
-        if importlib.util.find_spec(package) is None:
+        if not _installed(package):
             found.append(f"{package} is not installed")
         if case.device.type != "cuda":
             found.append(f"{package} has no kernels for {case.device.type}")
+        return found
+
+    return reasons
+
+
+def _flash(module: str) -> Callable[[Case], Run]:
+    """Dao-AILab's kernels: [B, N, H, D], no bias."""
+
+    def prepare(case: Case) -> Run:
+        attend = importlib.import_module(module).flash_attn_func
+
+        def one(a: Attention) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (a.query, a.key, a.value))
+            out = attend(q, k, v, softmax_scale=a.scale)
+            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+        attentions = case.materialised()
+        return lambda: _combine(attentions, one)
+
+    return prepare
+
+
+def _flash_reasons(module: str) -> Callable[[Case], list[str]]:
+    def reasons(case: Case) -> list[str]:
+        found = _guest_reasons(module)(case)
+        if case.dtype not in HALF:
+            found.append(f"{module} takes half precision, not {case.dtype}")
+        if case.problem.shift != 0.0:
+            found.append(f"{module} is not given biases")
         return found
 
     return reasons
@@ -196,8 +277,24 @@ PROVIDERS: dict[str, Provider] = {
         Provider("official", _official, _none, "official"),
         Provider("official-compiled", _official_compiled, _none, "official"),
         Provider("sdpa", _sdpa(None), _none, "library"),
-        Provider("sdpa-cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION), _cudnn_reasons, "library"),
+        *(
+            Provider(f"sdpa-{name}", _sdpa(kernel), _kernel_reasons(name, masks), "library")
+            for name, kernel, masks in (
+                ("cudnn", SDPBackend.CUDNN_ATTENTION, True),
+                ("flash", SDPBackend.FLASH_ATTENTION, False),
+                ("efficient", SDPBackend.EFFICIENT_ATTENTION, True),
+            )
+        ),
         Provider("flex", _flex, _flex_reasons, "library"),
+        Provider("flex-merged", _flex_merged, _flex_merged_reasons, "library"),
+        *(
+            Provider(name, _flash(module), _flash_reasons(module), "library")
+            for name, module in (
+                ("fa2", "flash_attn"),
+                ("fa3", "flash_attn_interface"),
+                ("fa4", "flash_attn.cute"),
+            )
+        ),
         Provider("xformers", _xformers, _guest_reasons("xformers"), "library"),
         Provider("sage", _sage, _sage_reasons, "library", quantised=True),
     )

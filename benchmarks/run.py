@@ -4,6 +4,7 @@ styleattn bench --shapes 'sdxl-*' --dtype bfloat16 --threads 1
 styleattn bench --list
 styleattn bench --compare HEAD~1 --shapes sdxl-1024
 styleattn bench --plot out
+styleattn bench --tune --shapes 'sdxl-*' --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Plan:
     rounds: int = 7
     seconds: float = 60.0
     clocks: tuple[str, ...] = ()
+    limits: bool = True
 
     def problems(self) -> Iterator[tuple[int, torch.dtype, Problem]]:
         """Every (threads, dtype, problem)."""
@@ -63,7 +65,7 @@ def matching(patterns: Iterable[str], names: Iterable[str], what: str) -> list[s
 def run(plan: Plan, output: Path | None, report: bool = True) -> list[Row]:
     """Measure a plan; rows are saved shape by shape, so an interrupted run keeps what it has."""
     rows: list[Row] = []
-    for threads in plan.threads:
+    for threads in plan.threads if plan.limits else ():
         torch.set_num_threads(threads)
         for dtype in plan.dtypes:
             rows += limits(dtype, plan.device, plan.clocks, plan.rounds)
@@ -129,9 +131,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=7, help="samples of each contestant")
     add("--seconds", type=float, default=60.0, help="per shape, once there are 5 rounds")
     add("--output", type=Path, help="the CSV; default: benchmarks/results/<machine>.csv")
+    add("--no-limits", action="store_true", help="without the machine's product and copy")
     add("--no-save", action="store_true", help="print only")
     add("--list", action="store_true", help="shapes and contestants")
     add("--compare", metavar="REV", help="this tree against another commit, interleaved")
+    add("--tune", action="store_true", help="find the fastest choices; prints the table's diff")
     add("--plot", type=Path, metavar="DIR", help="figures and the table, from the CSV alone")
     return parser
 
@@ -153,6 +157,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         rounds=options.rounds,
         seconds=options.seconds,
         clocks=tuple(options.clock or ()),
+        limits=not options.no_limits,
     )
 
 
@@ -187,6 +192,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as problem:
             parser.error(str(problem))
         return 0
+    if options.tune:
+        from tune import report
+
+        todo = [(dtype, problem) for _, dtype, problem in plan.problems()]
+        return int(not report(todo, plan.device, plan.rounds, plan.seconds))
     if options.compare:
         from compare import Failed, compare
 
