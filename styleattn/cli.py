@@ -56,16 +56,20 @@ ImageEncoder = Annotated[str | None, typer.Option(help="Its folder; the model's 
 ControlNet = Annotated[
     str | None, typer.Option(help="Its folder: csgo and instant_style_plus, tile.")
 ]
+Words = Annotated[list[str] | None, typer.Option(help="FILE:word, a word for prompts; repeat.")]
+TrueGuidance = Annotated[float | None, typer.Option(help="FLUX: by a second call, above 1.")]
+Inverting = Annotated[
+    str | None,
+    typer.Option(help="ddim, renoise, belm (exact); FLUX: rf_solver, euler, rf_inversion; noise."),
+]
+Offset = Annotated[int | None, typer.Option(help="Steps the reference is ahead at first.")]
+Backend = Annotated[str | None, typer.Option(help="Of the attention; best if not given.")]
 Mask = Annotated[
     str | None, typer.Option(help="fill_diptych: white is painted, of the content's size.")
 ]
 Strength = Annotated[
     float | None, typer.Option(help="fill_diptych: 0 to 1; 1 with a mask, else 0.6.")
 ]
-Words = Annotated[list[str] | None, typer.Option(help="FILE:word, a word for prompts; repeat.")]
-TrueGuidance = Annotated[float | None, typer.Option(help="FLUX: by a second call, above 1.")]
-Offset = Annotated[int | None, typer.Option(help="Steps the reference is ahead at first.")]
-Backend = Annotated[str | None, typer.Option(help="Of the attention; best if not given.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Size = Annotated[int | None, typer.Option(help="Pixels; the model's own size if not given.")]
 
@@ -178,10 +182,7 @@ def stylize(
     height: Size = None,
     width: Size = None,
     inversion_guidance: Annotated[float | None, typer.Option(help="Of the inversion.")] = None,
-    inversion: Annotated[
-        str | None,
-        typer.Option(help="ddim, renoise, belm (exact); FLUX: rf_solver, euler, rf_inversion; noise."),
-    ] = None,
+    inversion: Inverting = None,
     labels: Annotated[str | None, typer.Option(help="Of ddim: paper or consistent.")] = None,
     offset: Offset = None,
     backend: Backend = None,
@@ -208,16 +209,17 @@ def stylize(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The folder that is written.")] = Path("out"),
+    model: Annotated[str, typer.Option(help="tiny-sdxl or tiny-flux.")] = "tiny-sdxl",
     seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
     steps: Steps = None,
     device: Device = "auto",
 ) -> None:
-    """Show what it does, with the model in the package: prompts with and without style."""
+    """Show what it does, with a model in the package: prompts with and without style."""
     from styleattn.pipelines import run_demo
 
     started = time.perf_counter()
     with _progress() as report:
-        path = run_demo(out, seed=seed, steps=steps, device=device, progress=report)
+        path = run_demo(out, model=model, seed=seed, steps=steps, device=device, progress=report)
     print(f"{path} in {time.perf_counter() - started:.1f} s")
 
 
