@@ -12,11 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from styleattn.inversion import Trajectory
+from styleattn.inversion.flow_host import packed
 from styleattn.inversion.host import Picture
 from styleattn.processors import apply
 from styleattn.processors.bank import input_scale
 from styleattn.references import Reference, StyleBank
 
+from .hosts import host_of
 from .sampling import Sampling, generate
 from .sources import Source
 
@@ -73,7 +75,10 @@ class Drawing:
 
     def start(self, latents: Tensor) -> Tensor:
         """Latents [C, h, w] of the first step's noise level, as the pipeline's call takes them:
-        [n, C, h, w]."""
+        [n, C, h, w], on FLUX packed."""
+        if host_of(self.pipe) == "flux":
+            tokens = packed(latents[None]).to(self.pipe.transformer.dtype)
+            return tokens.repeat(len(self.prompts), 1, 1)
         scheduler = copy.deepcopy(self.pipe.scheduler)
         scheduler.set_timesteps(self.sampling.num_inference_steps)
         scale = input_scale(scheduler, scheduler.timesteps[0]) * float(scheduler.init_noise_sigma)

@@ -144,6 +144,15 @@ RECIPES: dict[str, Recipe] = {
 FLUX_RECIPES: dict[str, Recipe] = {
     "style_aligned": Recipe(home="drawing:beside", beside=True),
     "aligned_gen": Recipe(home="drawing:beside", beside=True),
+    "style_id": Recipe(
+        home="style_injection:draw",
+        roles=("content", "style"),
+        content=True,
+        prompts=False,
+        defaults={"guidance": 1.0},
+    ),
+    "visual_style_prompting": Recipe(),
+    "reference_only": Recipe(defaults={"inversion": "noise"}),
     "redux": Recipe(roles=(), shown=True),
     "ip_adapter": Recipe(roles=(), shown=True),
     "instant_style": Recipe(roles=(), shown=True),

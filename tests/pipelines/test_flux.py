@@ -13,7 +13,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from styleattn import cli
-from styleattn.methods import AlignedGen, InstantStyle, IPAdapter, Redux, StyleAligned
+from styleattn.methods import (
+    AlignedGen,
+    InstantStyle,
+    IPAdapter,
+    Redux,
+    ReferenceOnly,
+    StyleAligned,
+    StyleID,
+    VisualStylePrompting,
+)
 from styleattn.pipelines import load_model
 from styleattn.processors import apply
 from styleattn.processors.bank import build_bank
@@ -127,6 +136,35 @@ def test_references_from_pictures(place, pipe, tmp_path, capsys):
     assert same(stylize(place, tmp_path / "b", "aligned_gen", "--bank", file), found)
 
 
+def test_a_content_picture(place, pipe, tmp_path):
+    """StyleID without prompts: from the content's noise with the style's statistics."""
+    argv = command(place, tmp_path, "style_id", "--reference", place / "b.png")
+    argv[argv.index("--prompts") : argv.index("--prompts") + 2] = ["--content", f"{place}/a.png"]
+    assert cli.main(argv) == 0
+    found = opened(tmp_path.glob("0*.png"))
+    both = [Reference(image=place / f"{name}.png") for name in "ab"]
+    bank = build_bank(pipe, both, StyleID(), num_inference_steps=2, height=16, width=16)
+    content, style = (x.flatten(1) for x in bank.latents[:, 0])
+    mean, std = content.mean(1, keepdim=True), content.std(1, keepdim=True)
+    start = (content - mean) / std * style.std(1, keepdim=True) + style.mean(1, keepdim=True)
+    latents = pipe._pack_latents(start.reshape(1, -1, 16, 16), 1, len(start), 16, 16)
+    with apply(pipe, StyleID(), bank=bank):
+        expected = drawn(pipe, [""], (0,), guidance=1.0, latents=latents)
+    assert same(found, expected)
+    assert other(found, drawn(pipe, [""], (0,), guidance=1.0, latents=latents))
+
+
+@pytest.mark.parametrize("method", [VisualStylePrompting, ReferenceOnly], ids=lambda m: m.name)
+def test_pictures_that_are_read(place, pipe, tmp_path, method):
+    found = stylize(place, tmp_path, method.name, "--reference", place / "a.png")
+    inversion = "noised" if method is ReferenceOnly else None
+    size = {"num_inference_steps": 2, "height": 16, "width": 16, "inversion": inversion}
+    bank = build_bank(pipe, Reference(image=place / "a.png"), method(), **size)
+    with apply(pipe, method(), bank=bank):
+        assert same(found, drawn(pipe))
+    assert other(found, drawn(pipe))
+
+
 def test_redux(place, pipe, tmp_path):
     files = ["--adapter", place / "redux.safetensors", "--image-encoder", place / "siglip"]
     pictures = ["--reference", place / "a.png", "--reference", place / "b.png"]
@@ -210,7 +248,8 @@ BAD = [
     (["--negative-prompt", "ugly"], "under a true guidance above 1"),
     (["--true-guidance", "0.5"], "true_guidance"),
     (["--height", "15"], "multiples of 2"),
-    (["--method", "style_id"], "no recipe for 'style_id' on FLUX; it has style_aligned"),
+    (["--method", "z_star"], "no recipe for 'z_star' on FLUX; it has style_aligned"),
+    (["--method", "style_id", "--reference", "{place}/a.png"], "--content is missing"),
     (["--method", "redux"], "is shown a picture"),
     (["--lora", "{place}/nowhere.safetensors"], "no such file"),
     (["--lora", "{place}/a.png"], "cannot load LoRA"),
