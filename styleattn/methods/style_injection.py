@@ -43,6 +43,9 @@ class StyleID(Injection):
         compat: "paper-code" asks the recipe for the authors' schedule: the noisiest step is
             skipped, so that the starting latents are noisier than the label they are shown with.
             "" keeps labels and noise levels together. The attention is the same.
+        style_statistics: how much of the statistics that the recipe gives to the starting noise are
+            the style's; the rest are the content's own. 1 is StyleID, less is AttenST's
+            content-aware AdaIN.
         layers: as `Injection`; "style_id" is the paper's choice for SD 1.x (`up_blocks.2` and
             `up_blocks.3`) and AttenST's for SDXL (`up_blocks.1.attentions.1` and `.2`); of FLUX it
             is the single blocks.
@@ -57,6 +60,7 @@ class StyleID(Injection):
     gamma: float = 0.75
     temperature: float = 1.5
     compat: str = ""
+    style_statistics: float = 1.0
     layers: Layers = "style_id"
 
     CACHED: ClassVar[Mapping[str, int]] = {"query": 0, "key": 1, "value": 1}
@@ -74,6 +78,7 @@ class StyleID(Injection):
 
     def _reasons(self) -> list[str]:
         found = [self._number("gamma", 0, 1), self._number("temperature")]
+        found.append(self._number("style_statistics", 0, 1))
         if self.compat not in COMPAT:
             found.append(f"compat must be one of {COMPAT}, got {self.compat!r}")
         return [reason for reason in found if reason]

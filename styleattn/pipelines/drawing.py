@@ -110,14 +110,18 @@ def beside(drawing: Drawing) -> list[Image.Image]:
     return whole.generate(method)[len(sources) :]
 
 
-def adain(x: Tensor, style: Tensor) -> Tensor:
+def adain(x: Tensor, style: Tensor, share: float = 1.0) -> Tensor:
     """Latents [C, h, w] with the style's mean and (unbiased) deviation in every channel.
 
-        (x - mean(x)) / std(x) * std(style) + mean(style)
+        (x - mean(x)) / std(x) * std + mean,  mean = share * mean(style) + (1 - share) * mean(x),
+        std likewise
 
-    A channel without variance gets the style's mean.
+    A channel without variance gets the mean.
     """
-    mean, std = x.mean((1, 2), keepdim=True), x.std((1, 2), keepdim=True)
+    (mean, std), (to_mean, to_std) = (
+        (y.mean((1, 2), keepdim=True), y.std((1, 2), keepdim=True)) for y in (x, style)
+    )
+    to_mean, to_std = torch.lerp(mean, to_mean, share), torch.lerp(std, to_std, share)
     flat = std == 0
-    gain = torch.where(flat, 0.0, style.std((1, 2), keepdim=True) / std.masked_fill(flat, 1.0))
-    return (x - mean) * gain + style.mean((1, 2), keepdim=True)
+    gain = torch.where(flat, 0.0, to_std / std.masked_fill(flat, 1.0))
+    return (x - mean) * gain + to_mean

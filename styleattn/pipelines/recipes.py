@@ -133,7 +133,9 @@ RECIPES: dict[str, Recipe] = {
     # Two pictures are content and style, one is the style.
     "csgo": Recipe(home="csgo:draw", roles=(), shown=True, most=2, defaults={"guidance": 10.0}),
     "rb_modulation": Recipe(roles=(), shown=True, defaults={"guidance": 7.5}),
-    "style_studio": Recipe(roles=(), shown=True, defaults={"guidance": 7.0}),
+    "style_studio": Recipe(
+        home="style_studio:draw", roles=(), shown=True, single=True, defaults={"guidance": 7.0}
+    ),
     "deadiff": Recipe(roles=(), shown=True, defaults={"guidance": 8.0}),
     "style_shot": Recipe(roles=(), shown=True, defaults={"guidance": 7.5}),
     # Its faces come in files of identities: --set identity=FILE.

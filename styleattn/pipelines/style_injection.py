@@ -23,6 +23,7 @@ def draw(drawing: Drawing) -> list[Image.Image]:
 
         z_T = AdaIN(z_T of the content, z_T of the style)
 
+    with as much of the style's statistics as `style_statistics` says,
     and from there an ordinary run of the pipeline, whose chosen layers see the content's queries
     and the style's keys and values. With `compat="paper-code"` the authors' schedule: see
     `_as_published`.
@@ -42,7 +43,7 @@ def draw(drawing: Drawing) -> list[Image.Image]:
             f"style_id with compat={drawing.method.compat!r} needs inversions with labels {needed},"
             f" got {content.labels!r}"
         )
-    start = adain(content.latents[0], style[0])
+    start = adain(content.latents[0], style[0], drawing.method.style_statistics)
     if published:
         return _as_published(drawing, start)
     return drawing.generate(latents=drawing.start(start))

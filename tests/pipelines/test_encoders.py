@@ -20,8 +20,15 @@ from styleattn.adapters import (
     save_identity,
     style_patches,
 )
-from styleattn.methods import CSGO, PuLIDSDXL, StyleShot
-from styleattn.pipelines import Sampling, csgo_pictures, generate, load_model
+from styleattn.methods import (
+    CSGO,
+    METHODS,
+    PuLIDSDXL,
+    StyleShot,
+    StyleStudio,
+    StyleStudioTeacher,
+)
+from styleattn.pipelines import RECIPES, Sampling, csgo_pictures, generate, load_model
 from styleattn.processors import apply
 from styleattn.references import Reference
 
@@ -114,6 +121,27 @@ def test_it_is_what_python_gives(place, tmp_path):
     with apply(pipe, method):
         (picture,) = generate(pipe, ["a cat"], [0], sampling)
     assert picture.convert("RGB").tobytes() == found
+
+
+def test_style_studio_next_to_its_teacher(place, tmp_path):
+    """The first of two rows has no style; the picture is the second."""
+    found = stylize(place, tmp_path / "a", "style_studio", "csgo.bin", "--seed", "3")
+    pipe = load_model(str(place / "model"), device="cpu")
+    shown = (Reference(image=place / "0.png", prompts=(1,)),)
+    methods = StyleStudio(adapter=place / "csgo.bin", references=shown), StyleStudioTeacher()
+    sampling = Sampling(num_inference_steps=2, guidance_scale=7.0)
+    with apply(pipe, *methods):
+        _, picture = generate(pipe, ["a cat"] * 2, [3, 3], sampling)
+    assert picture.convert("RGB").tobytes() == found
+    with apply(pipe, methods[0]):
+        _, alone = generate(pipe, ["a cat"] * 2, [3, 3], sampling)
+    assert alone.convert("RGB").tobytes() != found
+
+
+def test_every_method_of_unets_has_a_recipe():
+    """StyleStudio's teacher is part of StyleStudio's."""
+    unets = {name for name, method in METHODS.items() if "SD" in method.facts.hosts}
+    assert unets - set(RECIPES) == {"style_studio_teacher"} and set(RECIPES) <= unets
 
 
 def test_csgo_with_a_controlnet(place, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from styleattn.inversion import ddim_invert, encode_picture, encode_prompts
+from styleattn.inversion import Trajectory, ddim_invert, encode_picture, encode_prompts
 from styleattn.inversion.host import decode_latents, noise_function
 from styleattn.methods import StyleID
 from styleattn.pipelines import Inversion, Job, Sampling, Source, run_folder
@@ -114,6 +114,18 @@ def test_adain_of_latents():
     out = adain(2 * x + 3, style)
     expected = papers.adain((2 * x + 3)[None], style[None])[0]
     assert torch.allclose(out, expected, atol=1e-5)
+    mixed = [
+        0.3 * s + 0.7 * c
+        for s, c in zip(
+            (style.mean((1, 2)), style.std((1, 2))),
+            ((2 * x + 3).mean((1, 2)), (2 * x + 3).std((1, 2))),
+            strict=True,
+        )
+    ]
+    found = adain(2 * x + 3, style, 0.3)
+    assert torch.allclose(found.mean((1, 2)), mixed[0], atol=1e-5)
+    assert torch.allclose(found.std((1, 2)), mixed[1], atol=1e-5)
+    assert torch.allclose(adain(x, style, 0.0), x, atol=1e-6)
     x[0] = 5.0  # a channel without variance
     assert torch.allclose(adain(x, style)[0], style[0].mean().expand(8, 8), atol=1e-5)
 
@@ -160,3 +172,19 @@ def test_command_line(pipe, tmp_path, capsys):
     assert manifest["settings"]["method"]["gamma"] == 0.3
     assert cli.main([*argv, "--method", "style_aligned"]) == 2
     assert "style_aligned takes no --content" in capsys.readouterr().err
+
+
+def test_the_contents_own_statistics(pipe, tmp_path):
+    """Without the style's statistics the run starts from the content's noise as it is."""
+    seen = []
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0].clone()), with_kwargs=True, prepend=True
+    )
+    try:
+        made(pipe, tmp_path, StyleID(style_statistics=0.0))
+    finally:
+        hook.remove()
+    content = Trajectory.load(next(tmp_path.glob("content-*.safetensors")))
+    assert torch.allclose(seen[-STEPS][0], content.latents[0], atol=1e-5)
+    with pytest.raises(ValueError, match=r"style_statistics must lie in \[0, 1\]"):
+        StyleID(style_statistics=1.5)
