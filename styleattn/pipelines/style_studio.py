@@ -1,5 +1,5 @@
-"""StyleStudio with its teacher: each picture is made next to one of the same text and noise that has
-no style."""
+"""StyleStudio with its teacher: each picture is made next to one of the same text and noise, which
+has no style."""
 
 from __future__ import annotations
 
