@@ -27,9 +27,9 @@ class EasyControl(PictureSettings):
     the same with another `offset`; its older ones, which look back at the image, are not.
 
     Args:
-        references: pictures: `image`, which the pipeline's VAE encodes, or clean `latents`
-            [C, h, w]; their weights, masks (of the image's tokens; text sees the mask's mean),
-            layers and steps hold.
+        references: pictures: `image`, which the pipeline's VAE encodes in its own size, or in that
+            of a megapixel where it is larger; or clean `latents` [C, h, w]. Their weights, masks
+            (of the image's tokens; text sees the mask's mean), layers and steps hold.
         strength: s, of all pictures; 0 is the model without them.
         offset: (down, right), in tokens, of the pictures from the image's first token: (64, 0) is
             EasyControl's for subjects, (0, 0) goes with pictures that lie on the image.

@@ -31,9 +31,10 @@ class InContext(PictureSettings):
     `strength=c, sees_image=c`. No mask of all tokens by all tokens is made.
 
     Args:
-        references: pictures: `image`, which the pipeline's VAE encodes, or clean `latents`
-            [C, h, w]. None: the picture of the pipeline's call (`FluxKontextPipeline`); one
-            reference without a picture gives that one weight, mask, layers and steps.
+        references: pictures: `image`, which the pipeline's VAE encodes in its own size, or in that
+            of a megapixel where it is larger; or clean `latents` [C, h, w]. None: the picture of
+            the pipeline's call (`FluxKontextPipeline`); one reference without a picture gives that
+            one weight, mask, layers and steps.
         strength: what the image sees of the pictures.
         text_strength: what the text sees of them.
         sees_image, sees_text: what the pictures see of the image and of the text.
@@ -123,7 +124,8 @@ class InContext(PictureSettings):
         mine = {f"reference {i}": _cut(whole, s) for i, s in enumerate(spans)}
         if first:
             mine = {"reference": _cut(whole, slice(0, first)), **mine}
-        return replace(part, segments={**others, **mine})
+        rest = None if part.rest is None else self._apart(call, part.rest)
+        return replace(part, segments={**others, **mine}, rest=rest)
 
     def _seen(self, call: JointCall, part: Part, name: str) -> Part:
         """What the queries of a run see of the pictures; pictures see each other as they are."""

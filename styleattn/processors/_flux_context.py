@@ -24,6 +24,8 @@ from ._flux_attention import JointSite
 from ._flux_controller import PARAMETERS, FluxController, FluxNow
 from ._flux_panels import RESIDUALS
 
+PIXELS = 2**20
+"""Of the largest picture that is taken as it is."""
 KEPT = 2
 """Calls of which the keys and values are kept: those of true guidance."""
 
@@ -300,6 +302,13 @@ def pictures_of(
     return [None if lacking else _picture(method, r, model, pipe) for r in references]
 
 
+def fitted(height: int, width: int, unit: int) -> tuple[int, int]:
+    """The size in which a picture is taken: at most a megapixel, in whole tokens."""
+    scale = min(1.0, (PIXELS / (height * width)) ** 0.5)
+    high, wide = (max(unit, int(side * scale) // unit * unit) for side in (height, width))
+    return high, wide
+
+
 def _picture(method: Any, reference: Reference, model: Any, pipe: Any) -> Picture:
     latents: Any = reference.latents
     if latents is None:
@@ -310,8 +319,7 @@ def _picture(method: Any, reference: Reference, model: Any, pipe: Any) -> Pictur
             )
         unit = 2 * vae_scale(pipe)
         image = read_picture(reference.image)
-        width, height = (max(unit, side // unit * unit) for side in image.size)
-        latents = encode_picture(pipe, image, height, width)
+        latents = encode_picture(pipe, image, *fitted(image.height, image.width, unit))
     tokens = packed(latents[None])[0]
     if tokens.shape[-1] != model.config.in_channels:
         raise ValueError(

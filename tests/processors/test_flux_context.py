@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from styleattn.methods import METHODS, EasyControl, InContext, Redux
 from styleattn.processors import apply, remove
+from styleattn.processors._flux_context import fitted
 from styleattn.references import Reference
 
 torch.set_num_threads(1)
@@ -210,6 +211,9 @@ def test_a_picture_is_encoded_by_the_pipeline(pipe):
         theirs = run(pipe, PROMPTS)
     with apply(pipe, InContext(references=Reference(image=picture))):
         assert torch.equal(run(pipe, PROMPTS), theirs)
+    assert fitted(13, 9, 2) == (12, 8)
+    assert fitted(1200, 2400, 16) == (720, 1440)
+    assert fitted(5, 900, 16) == (16, 896)
 
 
 # Pictures on their own
