@@ -1,0 +1,138 @@
+"""Image prompts in one cross-attention layer against their authors' own processors.
+
+Nothing is downloaded: each test wants a checkout of the official repository, named by an
+environment variable, and is skipped without it.
+
+    OFFICIAL_IP_ADAPTER=... OFFICIAL_CSGO=... OFFICIAL_PULID=... \\
+        python -m pytest tests/external/test_cross_attention.py -s
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from styleattn import attention
+from styleattn.branch import Branch, Segment
+from styleattn.methods import (
+    CSGO,
+    CrossCall,
+    ImagePrompt,
+    InstantStylePlus,
+    IPAdapter,
+    Layer,
+    PuLIDSDXL,
+    Rows,
+)
+from styleattn.references import Reference
+
+ROWS, TOKENS, TEXT, WIDTH, CROSS, HEADS = 4, 63, 7, 32, 24, 2
+SEEN = Reference(embeds=torch.ones(1))
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def processors(variable: str, *parts: str) -> Any:
+    root = os.environ.get(variable)
+    if not root:
+        pytest.skip(f"{variable} names no checkout")
+    path = Path(root, *parts, "attention_processor.py")
+    spec = importlib.util.spec_from_file_location(f"official_{variable.lower()}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def layer() -> tuple[Attention, Tensor, Tensor]:
+    """A cross-attention layer, its input and its text, with strong means per channel."""
+    attn = Attention(WIDTH, CROSS, heads=HEADS, dim_head=WIDTH // HEADS).eval()
+    x = torch.randn(ROWS, TOKENS, WIDTH) + 2 * torch.randn(ROWS, 1, WIDTH)
+    return attn, x, torch.randn(ROWS, TEXT, CROSS)
+
+
+def split(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+def prompt(index: int, key: Any, value: Any, tokens: Tensor) -> ImagePrompt:
+    rows = torch.arange(ROWS)
+    return ImagePrompt(split(key(tokens)), split(value(tokens)), rows, 1.0, None, index)
+
+
+def ours(method: Any, attn: Attention, x: Tensor, text: Tensor, *prompts: ImagePrompt) -> Tensor:
+    query, key, value = (split(y) for y in (attn.to_q(x), attn.to_k(text), attn.to_v(text)))
+    numbers = {name: getattr(method, name) for name in method.NUMBERS}
+    place = Layer("up_blocks.0.attentions.1.transformer_blocks.0.attn2", 0, 1)
+    rows = Rows(2, ROWS // 2, (), (True, False))
+    call = CrossCall(place, query, key, value, None, prompts, rows, 1.0, numbers)
+    parts = method.cross_parts(call)
+    said = Branch((Segment(key, value), *parts.segments), weight=parts.text_weight)
+    out = attention(query, (said, *parts.branches))
+    if parts.after is not None:
+        out = parts.after(out, tuple(attention(query, (b,)) for b in parts.apart))
+    result: Tensor = attn.to_out[0](out.transpose(1, 2).flatten(2))
+    return result
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    error = float((ours - theirs).norm() / theirs.norm())
+    print(f"relative error {error:.1e}")
+    assert error <= 1e-5
+
+
+def test_ip_adapter() -> None:
+    official = processors("OFFICIAL_IP_ADAPTER", "ip_adapter")
+    attn, x, text = layer()
+    image = torch.randn(ROWS, 4, CROSS)
+    theirs = official.IPAttnProcessor2_0(WIDTH, CROSS, scale=0.7, num_tokens=4)
+    expected = theirs(attn, x, torch.cat([text, image], dim=1))
+    seen = prompt(0, theirs.to_k_ip, theirs.to_v_ip, image)
+    close(ours(IPAdapter(scale=0.7, adapter=1, references=SEEN), attn, x, text, seen), expected)
+
+
+@pytest.mark.parametrize("kind", [CSGO, InstantStylePlus], ids=lambda kind: kind.name)
+def test_content_and_style(kind: Any) -> None:
+    """CSGO's layer with both branches; InstantStyle-Plus' two adapters compute the same."""
+    official = processors("OFFICIAL_CSGO", "ip_adapter")
+    attn, x, text = layer()
+    content, style = torch.randn(ROWS, 4, CROSS), torch.randn(ROWS, 16, CROSS)
+    theirs = official.IP_CS_AttnProcessor2_0(
+        WIDTH, CROSS, style_scale=1.2, num_content_tokens=4, num_style_tokens=16, style=True
+    )
+    theirs.set_content_ipa(0.4)
+    expected = theirs(attn, x, torch.cat([text, content, style], dim=1))
+    prompts = (
+        prompt(0, theirs.to_k_ip_content, theirs.to_v_ip_content, content),
+        prompt(1, theirs.to_k_ip, theirs.to_v_ip, style),
+    )
+    method = kind(content_scale=0.4, style_scale=1.2, references=(SEEN, SEEN))
+    close(ours(method, attn, x, text, *prompts), expected)
+
+
+@pytest.mark.parametrize(("zeros", "ortho"), [(8, "v2"), (16, "v1"), (0, "")])
+def test_pulid(zeros: int, ortho: str) -> None:
+    official = processors("OFFICIAL_PULID", "pulid")
+    official.NUM_ZERO, official.ORTHO = zeros, ortho == "v1"
+    official.ORTHO_v2 = ortho == "v2"
+    attn, x, text = layer()
+    identity = torch.randn(ROWS, 5, CROSS)
+    theirs = official.IDAttnProcessor2_0(WIDTH, CROSS)
+    expected = theirs(attn, x, text, id_embedding=identity, id_scale=0.8)
+    seen = prompt(0, theirs.id_to_k, theirs.id_to_v, identity)
+    method = PuLIDSDXL(num_zero=zeros, ortho=ortho, references=SEEN)
+    close(ours(method, attn, x, text, seen), expected)
