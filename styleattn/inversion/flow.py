@@ -37,7 +37,7 @@ def rf_solver(x: Tensor, velocity: Velocity, source: float, target: float) -> Te
 
     which is x' = x + h·v_half: what is computed. Two calls of the network.
 
-    Source: Wang et al., Taming Rectified Flow for Inversion and Editing, arXiv 2411.04746, eq. 9.
+    Source: Wang et al., Taming Rectified Flow for Inversion and Editing, arXiv 2411.04746.
     """
     half = (source + target) / 2
     middle = euler(x, velocity, source, half)
@@ -74,7 +74,7 @@ def towards_data(
     Args:
         source: greater than 0. eta: η, 0 follows the network, 1 leads straight to the data.
 
-    Source: as :func:`towards_noise`, eq. 15 and algorithm 2.
+    Source: as :func:`towards_noise`, algorithm 2.
     """
     v = velocity(x, source).to(x.dtype)
     v = v + eta * ((x - clean) / source - v)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import flux_bank_oracles as oracle
@@ -11,6 +12,7 @@ import random_flux
 import random_pipelines
 import torch
 from random_flux import relative
+from torch._dynamo.testing import CompileCounter
 
 from styleattn.inversion import FileRefused, Trajectory, flow_invert, flow_sample
 from styleattn.methods import (
@@ -22,7 +24,8 @@ from styleattn.methods import (
     StyleID,
     VisualStylePrompting,
 )
-from styleattn.processors import apply
+from styleattn.processors import apply, remove
+from styleattn.processors._caller import from_layout
 from styleattn.processors.bank import build_bank, reference_callback
 from styleattn.references import Reference, StyleBank
 
@@ -345,3 +348,104 @@ def test_what_cannot_be_built(pipe, trajectories):
     other = Trajectory(torch.zeros(4, 1, 16, 16), steps, torch.ones(4).double(), "", 1.0, 16, 16)
     with pytest.raises(ValueError, match="not of a flow"):
         build_bank(pipe, Reference(latents=other), StyleAligned())
+
+
+def test_with_images_of_a_loaded_adapter(trajectories, bank):
+    """The references are shown no picture: as if their row were given zeros."""
+    pipe = random_flux.flux()
+    random_flux.load_ip_adapter(pipe)
+    shown = torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(2))
+    keep = reference_callback(trajectories[0], offset=0)
+    noise = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(0))
+
+    def pictures(x):
+        names = ("ip_adapter_image_embeds", "negative_ip_adapter_image_embeds")
+        return {name: [x] for name in names}
+
+    with apply(pipe, StyleAligned()):
+        rows = pipe(
+            [PROMPT, *PROMPTS],
+            latents=keep.initial(torch.cat([noise[:1], noise])),
+            height=16,
+            width=16,
+            output_type="latent",
+            callback_on_step_end=keep,
+            **OPTIONS,
+            **pictures(torch.cat([shown[:1] * 0, shown])),
+        ).images
+    with apply(pipe, StyleAligned(), bank=bank):
+        got = run(pipe, **pictures(shown))
+        assert relative(got, rows[1:]) <= 1e-5
+        assert relative(run(pipe, **pictures(shown * 0)), got) > 1e-3
+
+
+METHODS = [
+    (StyleAligned(), 1),
+    (AlignedGen(), 1),
+    (VisualStylePrompting(), 1),
+    (ReferenceOnly(), 1),
+    (StyleID(), 2),
+]
+
+
+@pytest.mark.parametrize(("method", "count"), METHODS, ids=[m.name for m, _ in METHODS])
+def test_half_precision(pipe, bank, pair, method, count):
+    """A style adds nothing of its own to what the rounding of the model costs."""
+    made = bank if count == 1 else pair
+    half = random_flux.flux().to(torch.bfloat16)
+    costs = []
+    for style in (False, True):
+        found = []
+        for one in (pipe, half):
+            if style:
+                apply(one, method, bank=made)
+            found.append(run(one).float())
+            remove(one)
+        costs.append(relative(found[1], found[0]))
+    assert costs[1] <= 1.5 * costs[0]
+
+
+def test_copies(pipe, bank):
+    """A copied model keeps its bank; the original's is untouched."""
+    sides = random_flux.inputs(2, TEXT, GRID)
+    levels = bank.timesteps.float()
+    sides["timestep"] = levels[1].expand(2) / 1000
+    with apply(pipe, StyleAligned(), bank=bank) as handle:
+        with handle.layout(1, timesteps=levels), torch.no_grad():
+            expected = pipe.transformer(**sides, return_dict=False)[0]
+        twin = copy.deepcopy(pipe.transformer)
+        other = twin._styleattn_controller
+        assert other.bank_rows is not handle._controller.bank_rows
+        with other.layout(from_layout(1, levels)), torch.no_grad():
+            assert torch.equal(twin(**sides, return_dict=False)[0], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "count"), METHODS[2:], ids=[m.name for m, _ in METHODS[2:]])
+def test_compiled_blocks(bank, pair, method, count):
+    """compile_repeated_blocks: one graph per kind of block over the steps."""
+    pipe, counter = random_flux.flux(num_layers=1, num_single_layers=1), CompileCounter()
+    torch._dynamo.reset()
+    with apply(pipe, method, bank=bank if count == 1 else pair):
+        expected = run(pipe)
+        for name in ("transformer_blocks", "single_transformer_blocks"):
+            getattr(pipe.transformer, name)[0].compile(fullgraph=True, backend=counter)
+        assert relative(run(pipe), expected) <= 1e-5
+    assert counter.frame_count <= 4
+
+
+@pytest.mark.slow
+def test_compiled_whole(bank):
+    """One graph over the steps, the bank's rows in it."""
+    pipe, graphs = random_flux.flux(num_layers=1, num_single_layers=1), []
+
+    def count(graph, inputs):
+        graphs.append(len(graph.graph.nodes) > 60)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with apply(pipe, StyleAligned(), bank=bank):
+        expected = run(pipe)
+        pipe.transformer = torch.compile(pipe.transformer, backend=count, fullgraph=True)
+        assert relative(run(pipe), expected) <= 1e-5
+    assert sum(graphs) == 1
