@@ -58,7 +58,8 @@ def recorded(
     try:
         for name, attn in layers.items():
             _put(attn, _Recorder(name, found, backend))
-        with _only(module, lora):
+        # once per run: not worth a graph for every layer's recorder
+        with _only(module, lora), torch.compiler.set_stance("force_eager"):
             module.forward(
                 hidden_states=tokens.to(hidden).expand(rows, -1, -1),
                 encoder_hidden_states=text.new_zeros(rows, 0, text.shape[-1]),

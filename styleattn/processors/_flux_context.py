@@ -24,6 +24,7 @@ from ._flux_attention import JointSite
 from ._flux_controller import PARAMETERS, FluxController, FluxNow
 from ._flux_panels import RESIDUALS
 
+PICTURES = "pictures"
 PIXELS = 2**20
 """Of the largest picture that is taken as it is."""
 KEPT = 2
@@ -116,7 +117,7 @@ class PictureController(FluxController):
         """What every method of a layer is asked now."""
         for method, call in super().joint_calls(site, tokens):
             if method is self.methods[self.shown]:
-                call = replace(call, pictures=tuple(self._at(site.layer.name)))
+                call = replace(call, pictures=site.kept[PICTURES])
             yield method, call
 
     def _at(self, layer: str) -> Iterator[Shown | None]:
@@ -144,11 +145,20 @@ class PictureController(FluxController):
             )
         inputs, there = given[1], self._there(now)
         if not self.methods[self.shown].apart:
-            return (), self._joined(inputs, now, there)
+            inputs = self._joined(inputs, now, there)
+            self._tell_layers()
+            return (), inputs
         asked = {**dict(zip(PARAMETERS, args, strict=False)), **kwargs}
         told = [asked[n] for n in ("pooled_projections", "guidance") if asked.get(n) is not None]
         self.pairs = self._made(module, inputs, now, told, there)
+        self._tell_layers()
         return (), inputs
+
+    def _tell_layers(self) -> None:
+        """Every layer's own pictures, where compiled blocks of a kind find them alike."""
+        for _, site in self.sites:
+            if isinstance(site, JointSite):
+                site.kept[PICTURES] = tuple(self._at(site.layer.name))
 
     def _there(self, now: FluxNow) -> list[bool]:
         """Whether each picture is seen at this step."""

@@ -406,3 +406,35 @@ def test_what_does_not_go_together_is_refused_whole(pipe):
         EasyControl(references=Reference(latents=torch.ones(1, 3, 4)))
     for method in (InContext(strength=0.5), EasyControl(offset=(0, 32), lora="x")):
         assert METHODS[method.name].from_dict(method.to_dict()) == method
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [InContext, EasyControl], ids=lambda m: m.name)
+def test_compiled_blocks(method):
+    """Blocks of a kind share graphs, whose number the steps do not raise."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model, counter = random_flux.transformer(num_layers=3, num_single_layers=3), CompileCounter()
+    levels = torch.tensor([1000.0, 800.0, 500.0])
+    shown = Reference(latents=A, weight=0.7, mask=LEFT[:3, :4])
+    x = random_flux.inputs(batch=2)
+
+    def go():
+        found = []
+        with handle.layout(1, timesteps=levels), torch.no_grad():
+            for level in levels:
+                x["timestep"] = (level / 1000).expand(2)
+                found.append(model(**x, return_dict=False)[0])
+        return torch.stack(found)
+
+    with apply(model, method(references=shown, strength=0.6)) as handle:
+        plain = go()
+        for kind in ("transformer_blocks", "single_transformer_blocks"):
+            for block in getattr(model, kind):
+                block.compile(fullgraph=True, backend=counter)
+        assert relative(go(), plain) <= 1e-5
+        seen = counter.frame_count
+        assert relative(go(), plain) <= 1e-5
+        assert counter.frame_count == seen <= 8
+    torch._dynamo.reset()
