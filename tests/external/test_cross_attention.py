@@ -3,7 +3,7 @@
 Nothing is downloaded: each test wants a checkout of the official repository, named by an
 environment variable, and is skipped without it.
 
-    OFFICIAL_IP_ADAPTER=... OFFICIAL_CSGO=... OFFICIAL_PULID=... \\
+    OFFICIAL_IP_ADAPTER=... OFFICIAL_CSGO=... OFFICIAL_PULID=... OFFICIAL_DEADIFF=... \\
         python -m pytest tests/external/test_cross_attention.py -s
 """
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from styleattn.branch import Branch, Segment
 from styleattn.methods import (
     CSGO,
     CrossCall,
+    DEADiff,
     ImagePrompt,
     InstantStylePlus,
     IPAdapter,
@@ -45,11 +48,11 @@ def without_gradients() -> Iterator[None]:
         yield
 
 
-def processors(variable: str, *parts: str) -> Any:
+def processors(variable: str, *parts: str, name: str = "attention_processor.py") -> Any:
     root = os.environ.get(variable)
     if not root:
         pytest.skip(f"{variable} names no checkout")
-    path = Path(root, *parts, "attention_processor.py")
+    path = Path(root, *parts, name)
     spec = importlib.util.spec_from_file_location(f"official_{variable.lower()}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -74,7 +77,7 @@ def prompt(index: int, key: Any, value: Any, tokens: Tensor) -> ImagePrompt:
     return ImagePrompt(split(key(tokens)), split(value(tokens)), rows, 1.0, None, index)
 
 
-def ours(method: Any, attn: Attention, x: Tensor, text: Tensor, *prompts: ImagePrompt) -> Tensor:
+def ours(method: Any, attn: Any, x: Tensor, text: Tensor, *prompts: ImagePrompt) -> Tensor:
     query, key, value = (split(y) for y in (attn.to_q(x), attn.to_k(text), attn.to_v(text)))
     numbers = {name: getattr(method, name) for name in method.NUMBERS}
     place = Layer("up_blocks.0.attentions.1.transformer_blocks.0.attn2", 0, 1)
@@ -136,3 +139,29 @@ def test_pulid(zeros: int, ortho: str) -> None:
     seen = prompt(0, theirs.id_to_k, theirs.id_to_v, identity)
     method = PuLIDSDXL(num_zero=zeros, ortho=ortho, references=SEEN)
     close(ours(method, attn, x, text, seen), expected)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.6, 0.0])
+def test_deadiff(weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One softmax over text and image; its fused attention is PyTorch's here."""
+    pytest.importorskip("einops")
+    fused = types.ModuleType("xformers.ops")
+    fused.memory_efficient_attention = lambda q, k, v, **_: (  # type: ignore[attr-defined]
+        torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    )
+    stubs = {name: types.ModuleType(name) for name in ("xformers", "ldm", "ldm.modules")}
+    stubs["ldm.modules.diffusionmodules"] = types.ModuleType("ldm.modules.diffusionmodules")
+    util = stubs["ldm.modules.diffusionmodules.util"] = types.ModuleType("util")
+    util.checkpoint = None  # type: ignore[attr-defined]
+    stubs["xformers"].ops = fused  # type: ignore[attr-defined]
+    for name, module in {**stubs, "xformers.ops": fused}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    official = processors("OFFICIAL_DEADIFF", "ldm", "modules", name="new_attention.py")
+    theirs = official.MemoryEfficientCrossAttention(WIDTH, CROSS, HEADS, WIDTH // HEADS).eval()
+    _, x, text = layer()
+    image = torch.randn(ROWS, 16, CROSS)
+    image[: ROWS // 2] = 0  # what unconditional rows are told
+    expected = theirs(x, (image, text), img_weight=weight)
+    seen = prompt(0, theirs.i_to_k, theirs.i_to_v, image)
+    method = DEADiff(img_weight=weight, references=SEEN)
+    close(ours(method, theirs, x, text, seen), expected)

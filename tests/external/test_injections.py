@@ -3,7 +3,8 @@
 Nothing is downloaded: each test wants a checkout of the official repository, named by an
 environment variable, and is skipped without it.
 
-    OFFICIAL_STYLE_ID=... OFFICIAL_Z_STAR=... OFFICIAL_CROSS_IMAGE=... OFFICIAL_RENOISE=... \\
+    OFFICIAL_STYLE_ALIGNED=... OFFICIAL_STYLE_ID=... OFFICIAL_Z_STAR=... \\
+        OFFICIAL_CROSS_IMAGE=... OFFICIAL_RENOISE=... \\
         python -m pytest tests/external/test_injections.py
 """
 
@@ -21,7 +22,7 @@ import pytest
 import torch
 
 from styleattn.inversion import ReNoise, renoise
-from styleattn.methods import CrossImageAttention, Rows, SelfCall, StyleID, ZStar
+from styleattn.methods import CrossImageAttention, Rows, SelfCall, StyleAligned, StyleID, ZStar
 
 
 def checkout(variable: str) -> Path:
@@ -69,6 +70,45 @@ def ours(method: Any, qkv: torch.Tensor, references: int, chunks: int, weights: 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
+
+
+KNOBS = (
+    {},
+    {"adain_values": True, "shared_score_scale": 0.5},
+    {"shared_score_shift": 0.693, "shared_score_scale": 1.3},
+    {"adain_queries": False, "adain_keys": False},
+    {"full_attention_share": True},
+)
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+def test_style_aligned(knobs):
+    path = checkout("OFFICIAL_STYLE_ALIGNED") / "sa_handler.py"
+    pytest.importorskip("einops")
+    from diffusers.models.attention_processor import Attention
+
+    name = "official_style_aligned_handler"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    official = importlib.util.module_from_spec(spec)
+    sys.modules[name] = official  # its dataclasses look themselves up
+    spec.loader.exec_module(official)
+    torch.manual_seed(0)
+    layer = Attention(query_dim=32, heads=2, dim_head=16).eval()
+    x = torch.randn(6, 64, 32) + 2 * torch.randn(6, 1, 32)
+    with torch.no_grad():
+        theirs = official.SharedAttentionProcessor(official.StyleAlignedArgs(**knobs))
+        expected = theirs(layer, x)
+        heads = [
+            project(x).unflatten(-1, (2, 16)).transpose(1, 2)
+            for project in (layer.to_q, layer.to_k, layer.to_v)
+        ]
+        out = ours(StyleAligned(**knobs), torch.stack(heads), 1, 2)
+        error = relative(layer.to_out[0](out.transpose(1, 2).flatten(2)), expected)
+    del sys.modules[name]
+    print(f"relative error {error:.1e}")
+    assert error <= 1e-5
 
 
 def test_style_id(stub):
