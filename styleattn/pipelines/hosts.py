@@ -24,15 +24,17 @@ HOSTS = ("unet", "flux")
 """Stable Diffusion 1, 2 and XL; FLUX.1."""
 
 
-def host_of(pipe: Any) -> str:
+def host_of(pipe: Any, call: str = "styleattn") -> str:
     """The family of a pipeline.
 
     Raises:
         HostUnsupported: a pipeline of another family; says what it lacks.
     """
-    if type(getattr(pipe, "transformer", None)).__name__ == "FluxTransformer2DModel":
+    model = getattr(pipe, "transformer", None)
+    model = getattr(model, "_orig_mod", model)  # compiled
+    if type(model).__name__ == "FluxTransformer2DModel":
         return "flux"
-    check_host(pipe, "host_of")
+    check_host(pipe, call)
     return "unet"
 
 
@@ -77,8 +79,7 @@ def check_sampling(pipe: Any, sampling: Any, pipeline: str = "FluxPipeline") -> 
     steps, height, width = sampling.num_inference_steps, sampling.height, sampling.width
     if host_of(pipe) == "unet":
         check_run(pipe, steps, height, width)
-        if sampling.true_guidance != 1.0:
-            raise ValueError("true guidance is FLUX's; on UNets guidance is always true")
+        _check_true_guidance(pipe, sampling)
         return
     if type(pipe).__name__ != pipeline:
         raise HostUnsupported(f"the method draws with a {pipeline}, not a {type(pipe).__name__}")
@@ -90,6 +91,7 @@ def check_sampling(pipe: Any, sampling: Any, pipeline: str = "FluxPipeline") -> 
         size_of(pipe, height, width)
     except ValueError as error:
         reasons.append(str(error))
+    _check_true_guidance(pipe, sampling)
     if sampling.negative_prompt is not None and sampling.true_guidance <= 1:
         reasons.append("a negative prompt acts on FLUX under a true guidance above 1")
     if sampling.guidance_scale and not pipe.transformer.config.guidance_embeds:
@@ -98,8 +100,20 @@ def check_sampling(pipe: Any, sampling: Any, pipeline: str = "FluxPipeline") -> 
         raise ValueError("; ".join(reasons))
 
 
+def _check_true_guidance(pipe: Any, sampling: Any) -> None:
+    """Refuse FLUX's second call where a pipeline has none."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    if sampling.true_guidance != 1.0 and "true_cfg_scale" not in known:
+        raise ValueError(f"a {type(pipe).__name__} has no true guidance next to its own")
+
+
 def call_arguments(pipe: Any, prompts: Sequence[str], sampling: Any) -> dict[str, Any]:
-    """Prompts and guidance as the pipeline's call takes them; every prompt is embedded alone."""
+    """Prompts and guidance as the pipeline's call takes them; every prompt is embedded alone.
+
+    Raises:
+        ValueError: true guidance for a pipeline that has none.
+    """
+    _check_true_guidance(pipe, sampling)
     if host_of(pipe) == "unet":
         embeds = encode_prompts(pipe, prompts, sampling.negative_prompt)
         return {**embeds.arguments(), "guidance_scale": sampling.guidance_scale}

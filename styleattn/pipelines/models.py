@@ -94,7 +94,7 @@ def load_model(
     number = choose_dtype(dtype, place, family_of(model)["host"])
     try:
         pipe = _tiny() if model == TINY else _directory(model, number, variant)
-        host = host_of(pipe)
+        host = host_of(pipe, "load_model")
     except TypeError as error:
         raise ModelRefused(str(error)) from error
     if host == "flux" and scheduler == "ddim":
