@@ -129,7 +129,9 @@ def _loaded(name: str, model: str) -> Check:
     network = denoiser(pipe)
     count = sum(p.numel() for p in network.parameters())
     kind = "UNet" if host_of(pipe) == "unet" else "FLUX transformer"
-    methods = ", ".join(recipes_on(host_of(pipe)))
+    recipes, drawn = recipes_on(host_of(pipe)), type(pipe).__name__
+    fit = [n for n, r in recipes.items() if host_of(pipe) == "unet" or r.pipeline == drawn]
+    methods = ", ".join(fit) or "none"
     text = f"loads; a {kind} of {count / 1e6:.1f} million parameters; stylize has {methods}"
     return Check(name, "ok", text)
 

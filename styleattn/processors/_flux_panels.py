@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from styleattn.inversion import HostUnsupported
 from styleattn.methods._joint import PanelMethod
 
-RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
+from ._flux_rows import RESIDUALS
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def check_panels(methods: Sequence[Any], model: Any, pipe: Any) -> None:
     """Find out before anything is touched that a method cannot part this model's image.
 
     Raises:
-        TypeError: a model that does not fill; with every reason.
+        HostUnsupported: a model that does not fill; with every reason.
         ValueError: several such methods.
     """
     parting = [m for m in methods if isinstance(m, PanelMethod)]
@@ -141,7 +142,7 @@ def check_panels(methods: Sequence[Any], model: Any, pipe: Any) -> None:
         raise ValueError(f"{names} part the image's tokens, each its own way; apply one of them")
     reasons = against_filling(model, pipe) if parting else []
     if reasons:
-        raise TypeError(f"{parting[0].name} needs FLUX.1 Fill: {'; '.join(reasons)}")
+        raise HostUnsupported(f"{parting[0].name} needs FLUX.1 Fill: {'; '.join(reasons)}")
 
 
 def against_filling(model: Any, pipe: Any = None) -> list[str]:

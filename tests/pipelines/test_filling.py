@@ -157,3 +157,17 @@ def test_models_and_methods_that_do_not_go_together(place, tmp_path, capsys):
     at = redux.index("--mask")
     redux = [*redux[:at], *redux[at + 2 :]]
     refused(redux, "draws with a FluxPipeline, not a FluxFillPipeline")
+
+
+def test_doctor_and_explain(place, capsys, monkeypatch):
+    """What goes with a model that fills, and what does not."""
+    from styleattn.pipelines import doctor
+
+    monkeypatch.setattr(doctor, "_EXAMINERS", ())
+    assert cli.main(["doctor", "--model", str(place / "model")]) == 0
+    assert "stylize has fill_diptych\n" in capsys.readouterr().out
+    argv = ["explain", "--device", "cpu", "--method", "fill_diptych", "--set", "b_to_a=2"]
+    assert cli.main([*argv, "--model", str(place / "model")]) == 0
+    assert "single_transformer_blocks.1.attn" in capsys.readouterr().out
+    assert cli.main([*argv, "--model", str(place / "dev")]) == 2
+    assert "needs FLUX.1 Fill: a FluxPipeline takes no masks" in capsys.readouterr().err

@@ -8,12 +8,16 @@ import math
 import pickle
 from types import SimpleNamespace
 
+import checkpoints
 import pytest
 import random_flux
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from torch._dynamo.testing import CompileCounter
 
-from styleattn.methods import FillDiptych, Redux, StyleAligned
+from styleattn.inversion import HostUnsupported
+from styleattn.methods import FillDiptych, IPAdapter, PuLIDFLUX, Redux, StyleAligned
 from styleattn.processors import apply, remove
 from styleattn.processors._flux_panels import PanelOrder
 from styleattn.references import Reference
@@ -25,8 +29,6 @@ STRENGTHS = ("a_to_b", "b_to_a", "a_to_redux", "b_to_redux", "redux_to_a", "redu
 ALL = dict(zip(STRENGTHS, (0.0, 2.0, 0.5, 3.0, 0.3, 1.7), strict=True))
 TOKENS = torch.randn(M, 32, generator=torch.Generator().manual_seed(1))
 PICTURE = Image.effect_noise((32, 16), 60).convert("RGB")
-WIDE = (16, 8)
-"""Height and width of the canvas in tokens, and where panel B begins."""
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +232,65 @@ def test_next_to_a_method_on_the_images(pipe):
         assert relative(paint(pipe), expected) > 1e-4
 
 
+def test_next_to_images_and_identities_in_panel_b(pipe, tmp_path):
+    """Masks of the canvas keep an IP-Adapter and PuLID to panel B, in whatever order its tokens
+    are."""
+    mask = torch.zeros(8, 16)
+    mask[:, 8:] = 1.0
+    save_file(
+        checkpoints.noise(checkpoints.xlabs(2, 32, 32, 32, 4)), tmp_path / "xlabs.safetensors"
+    )
+    widths = {"face": 10, "vision": 12, "dim": 24, "queries": 6, "out": 20, "heads": 2}
+    tensors = checkpoints.noise(checkpoints.pulid(2, **widths, image=32))
+    save_file(tensors, tmp_path / "pulid.safetensors")
+    image = Reference(embeds=torch.randn(32), negative=torch.zeros(32), mask=mask)
+    shown = IPAdapter(adapter=tmp_path / "xlabs.safetensors", references=image)
+    known = Reference(embeds=torch.randn(6, 20), mask=mask)
+    pulid = PuLIDFLUX(adapter=tmp_path / "pulid.safetensors", references=known)
+    plain = paint(pipe)
+    for method in (shown, pulid):
+        with apply(pipe, method):
+            expected = paint(pipe)
+        assert relative(expected, plain) > 1e-4
+        with apply(pipe, method, FillDiptych(a_to_redux=2.0)):
+            assert relative(paint(pipe), expected) <= 1e-5
+
+
+@pytest.mark.slow
+def test_compiled_blocks():
+    """One graph per kind of block over the steps of a curve and over strengths that change in
+    place."""
+    torch._dynamo.reset()
+    blocks = {"num_layers": 1, "num_single_layers": 1}
+    model = random_flux.transformer(in_channels=20, out_channels=8, **blocks)
+    levels, counter = torch.tensor([1000.0, 800.0, 500.0, 200.0]), CompileCounter()
+    inputs = random_flux.inputs() | {"hidden_states": torch.randn(1, 12, 20)}
+
+    def calls():
+        with torch.no_grad():
+            return [model(**inputs | {"timestep": x[None] / 1000}).sample for x in levels]
+
+    knobs = {"steps": [0.9, 0.6, 0.3, 0.1]}
+    shown = Redux(references=(Reference(embeds=torch.randn(4, 32)),))
+    with (
+        apply(model, shown, FillDiptych(b_to_a=3.0, **knobs)) as handle,
+        handle.layout(1, timesteps=levels),
+    ):
+        expected = [calls()]
+        handle.update(FillDiptych(b_to_a=0.5, a_to_redux=2.0, **knobs))
+        expected.append(calls())
+        for name in ("transformer_blocks", "single_transformer_blocks"):
+            getattr(model, name)[0].compile(fullgraph=True, backend=counter)
+        handle.update(FillDiptych(b_to_a=3.0, **knobs))
+        got = [calls()]
+        handle.update(FillDiptych(b_to_a=0.5, a_to_redux=2.0, **knobs))
+        got.append(calls())
+    for mine, theirs in zip(got, expected, strict=True):
+        assert all(relative(a, b) <= 1e-5 for a, b in zip(mine, theirs, strict=True))
+    assert counter.frame_count <= 2
+    torch._dynamo.reset()
+
+
 def arranged(method, grid=(3, 5), **more):
     ids = torch.zeros(*grid, 3)
     ids[..., 1] += torch.arange(grid[0])[:, None]
@@ -325,7 +386,7 @@ def test_what_does_not_fill_is_refused_whole(pipe):
     cases = ((dev, "a FluxPipeline takes no masks; .*4 channels"), (depth, "latents and a picture"))
     for host, reason in cases:
         before = dict(host.transformer.attn_processors)
-        with pytest.raises(TypeError, match=f"needs FLUX.1 Fill.*{reason}"):
+        with pytest.raises(HostUnsupported, match=f"needs FLUX.1 Fill.*{reason}"):
             apply(host, FillDiptych(b_to_a=2.0))
         assert all(p is before[n] for n, p in host.transformer.attn_processors.items())
     with pytest.raises(ValueError, match="apply one of them"):
