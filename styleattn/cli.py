@@ -28,7 +28,7 @@ bank_app = typer.Typer(no_args_is_help=True, help="References made ready once.")
 app.add_typer(bank_app, name="bank")
 
 Model = Annotated[
-    str, typer.Option(help="tiny-sdxl, or a directory of save_pretrained: SD 1, 2, XL, FLUX.1.")
+    str, typer.Option(help="tiny-sdxl, tiny-flux, or a directory of save_pretrained.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")]
@@ -150,7 +150,9 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 @app.command()
 def stylize(
-    model: Annotated[str | None, typer.Option(help="tiny-sdxl (default), or a directory.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="tiny-sdxl (default), tiny-flux, or a directory.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="See `styleattn methods`.")] = None,
     reference: References = None,
     reference_prompt: ReferencePrompts = None,

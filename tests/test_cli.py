@@ -213,7 +213,7 @@ def test_demo(model, work, capsys, monkeypatch):
 
     from styleattn import tiny
 
-    monkeypatch.setattr(tiny, "load", lambda: StableDiffusionXLPipeline.from_pretrained(model))
+    monkeypatch.setattr(tiny, "load", lambda name: StableDiffusionXLPipeline.from_pretrained(model))
     assert cli.main(["demo", "--out", str(work / "out"), "--steps", "2", "--device", "cpu"]) == 0
     assert "demo.png in" in capsys.readouterr().out
     facts = json.loads((work / "out" / "demo.json").read_text())
@@ -224,6 +224,12 @@ def test_demo(model, work, capsys, monkeypatch):
     first = (work / "out" / "demo.png").read_bytes()
     assert cli.main(["demo", "--out", str(work / "again"), "--steps", "2", "--device", "cpu"]) == 0
     assert (work / "again" / "demo.png").read_bytes() == first
+
+
+def test_demo_draws_with_embedded_models_only(model, work, capsys):
+    argv = ["demo", "--model", model, "--out", str(work / "out")]
+    assert "tiny-sdxl or tiny-flux" in refused(argv, capsys)
+    assert not (work / "out").exists()
 
 
 @pytest.mark.slow
@@ -255,10 +261,10 @@ def test_a_missing_embedded_model(work, capsys, monkeypatch):
     from styleattn import tiny
 
     monkeypatch.setattr(
-        tiny, "load", lambda: (_ for _ in ()).throw(FileNotFoundError("no weights"))
+        tiny, "load", lambda name: (_ for _ in ()).throw(FileNotFoundError("no weights"))
     )
     argv = ["demo", "--out", str(work / "out")]
-    assert "cannot load the embedded model: no weights" in refused(argv, capsys)
+    assert "cannot load the embedded model tiny-sdxl: no weights" in refused(argv, capsys)
     assert not (work / "out" / "demo.png").exists()
 
 

@@ -1,4 +1,4 @@
-"""The demonstration: the embedded model, a few references, prompts with and without their style."""
+"""The demonstration: an embedded model, a few references, prompts with and without their style."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 
 from PIL import Image
 
+from styleattn import tiny
 from styleattn.inversion.files import write_atomic, write_json
 
-from .models import TINY, hushed, load_model, versions
-from .sampling import Sampling, generate
+from .models import TINY, ModelRefused, hushed, load_model, versions
+from .sampling import generate
 from .settings import merged, styled_method
 from .sheet import Cell, contact_sheet
-from .style_aligned import Inversion, make_trajectory, transfer
+from .style_aligned import make_trajectory, transfer
+from .stylize import inversion_of, sampling_of
 
 SHEET, FACTS = "demo.png", "demo.json"
 _REFERENCES = 3
@@ -25,6 +27,7 @@ _REFERENCES = 3
 def run_demo(
     out: Path,
     *,
+    model: str = TINY,
     seed: int = 0,
     steps: int | None = None,
     device: str = "auto",
@@ -37,6 +40,7 @@ def run_demo(
     says how it was made.
 
     Args:
+        model: an embedded model.
         seed: picture i is drawn from ``seed + i``.
         steps: None for what suits the model.
         progress: called with (stage, done, total), in denoising steps.
@@ -46,20 +50,19 @@ def run_demo(
 
     Raises:
         OSError: the folder cannot be written.
-        ModelRefused: the embedded model is damaged, or there is no such device.
+        ModelRefused: no such embedded model, a damaged one, or no such device.
     """
-    from styleattn import tiny
-
-    settings = merged({"model": TINY, "steps": steps}, None)
+    if model not in tiny.MODELS:
+        raise ModelRefused(f"demo draws with {' or '.join(tiny.MODELS)}, not {model!r}")
+    settings = merged({"model": model, "steps": steps}, None)
     method = styled_method(settings, ())
-    sampling = Sampling(settings["steps"], settings["guidance"])
-    inversion = Inversion(settings["inversion_guidance"], settings["labels"], settings["offset"])
+    sampling, inversion = sampling_of(settings), inversion_of(settings)
     out.mkdir(parents=True, exist_ok=True)
-    facts: dict[str, Any] = {"seed": seed, "steps": sampling.num_inference_steps}
+    facts: dict[str, Any] = {"model": model, "seed": seed, "steps": sampling.num_inference_steps}
     write_json(out / FACTS, {**facts, "complete": False})
     started = time.perf_counter()
     with hushed():
-        pipe = load_model(TINY, device=device)
+        pipe = load_model(model, device=device)
     prompts, references = list(tiny.prompts()), list(tiny.references())[:_REFERENCES]
     total = sampling.num_inference_steps * (1 + 2 * len(references))
     base = 0

@@ -109,9 +109,12 @@ def _operation() -> list[Check]:
 
 
 def _embedded() -> list[Check]:
+    from styleattn.tiny import MODELS
+
     if not importlib.util.find_spec("diffusers"):
-        return [Check("tiny-sdxl", "absent", "needs diffusers: pip install 'styleattn[diffusers]'")]
-    return [_loaded("tiny-sdxl", "tiny-sdxl")]
+        missing = "needs diffusers: pip install 'styleattn[diffusers]'"
+        return [Check(name, "absent", missing) for name in MODELS]
+    return [_loaded(name, name) for name in MODELS]
 
 
 def _model(model: str) -> list[Check]:
@@ -147,6 +150,6 @@ _EXAMINERS: tuple[tuple[str, Callable[[], list[Check]]], ...] = (
     ("backends", _backends),
     ("devices", _devices),
     ("operation", _operation),
-    ("tiny-sdxl", _embedded),
+    ("embedded models", _embedded),
     ("disk", _disk),
 )

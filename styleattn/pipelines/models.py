@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+from styleattn import tiny
+
 from .additions import Lora, Word, add_loras, add_words
 from .hosts import host_of
 
-TINY = "tiny-sdxl"
+TINY = tiny.MODELS[0]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SCHEDULERS = ("ddim", "pipeline")
 
@@ -74,7 +76,8 @@ def load_model(
     ever downloaded.
 
     Args:
-        model: "tiny-sdxl", the embedded model, or a directory that ``save_pretrained`` wrote.
+        model: an embedded model, "tiny-sdxl" or "tiny-flux", or a directory that
+            ``save_pretrained`` wrote.
         device, dtype: names, or "auto" (:func:`choose_device`, :func:`choose_dtype`).
         variant: of the weight files, for example "fp16".
         scheduler: "ddim" replaces a scheduler of another kind by DDIM with the paper's settings;
@@ -93,7 +96,7 @@ def load_model(
     place = choose_device(device)
     number = choose_dtype(dtype, place, family_of(model)["host"])
     try:
-        pipe = _tiny() if model == TINY else _directory(model, number, variant)
+        pipe = _tiny(model) if model in tiny.MODELS else _directory(model, number, variant)
         host = host_of(pipe, "load_model")
     except TypeError as error:
         raise ModelRefused(str(error)) from error
@@ -122,10 +125,11 @@ def family_of(model: str) -> dict[str, Any]:
     FLUX is ``guided`` by an embedded scale (schnell is not). What cannot be read is a guided
     "unet": `load_model` says what is wrong with it."""
     try:
-        parts = json.loads((Path(model) / "model_index.json").read_text(encoding="utf-8"))
+        folder = tiny.path(model) if model in tiny.MODELS else Path(model)
+        parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         if "FluxTransformer2DModel" not in (parts.get("transformer") or ()):
             return {"host": "unet", "guided": True}
-        config = json.loads((Path(model) / "transformer" / "config.json").read_text("utf-8"))
+        config = json.loads((folder / "transformer" / "config.json").read_text("utf-8"))
         return {"host": "flux", "guided": bool(config.get("guidance_embeds", False))}
     except (OSError, ValueError, AttributeError, TypeError):
         return {"host": "unet", "guided": True}
@@ -150,13 +154,13 @@ def use_ddim(pipe: Any) -> None:
     )
 
 
-def _tiny() -> Any:
-    from styleattn import tiny
-
+def _tiny(name: str) -> Any:
     try:
-        return tiny.load()
+        return tiny.load(name)
     except Exception as error:  # a damaged installation: whatever three libraries raise
-        raise ModelRefused(f"cannot load the embedded model: {_first_line(error)}") from error
+        raise ModelRefused(
+            f"cannot load the embedded model {name}: {_first_line(error)}"
+        ) from error
 
 
 def _directory(model: str, dtype: torch.dtype, variant: str | None) -> Any:
@@ -165,7 +169,7 @@ def _directory(model: str, dtype: torch.dtype, variant: str | None) -> Any:
     path = Path(model)
     if not path.is_dir():
         what = "is a file, not a directory" if path.exists() else "does not exist"
-        hint = f"give {TINY} or a directory written by save_pretrained"
+        hint = f"give {' or '.join(tiny.MODELS)} or a directory written by save_pretrained"
         raise ModelRefused(f"model {model} {what}: {hint}")
     if not (path / "model_index.json").is_file():
         raise ModelRefused(f"model {model} has no model_index.json: not a diffusers directory")

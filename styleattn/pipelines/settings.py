@@ -65,11 +65,9 @@ DEFAULTS: dict[str, Any] = {
     "scheduler": None,
     "offload": False,
 }
-TINY_DEFAULTS: dict[str, Any] = {
-    "steps": 20,
-    "guidance": 3.0,
-    "inversion_guidance": 1.0,
-    "offset": 0,
+TINY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "tiny-sdxl": {"steps": 20, "guidance": 3.0, "inversion_guidance": 1.0, "offset": 0},
+    "tiny-flux": {"steps": 16, "guidance": 3.0, "true_guidance": 3.0, "inversion": "noise"},
 }
 FLUX_DEFAULTS: dict[str, Any] = {
     "steps": 28,
@@ -122,7 +120,7 @@ def merged(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
     family = family_of(str(model))
     host = family["host"]
     recipe = recipes_on(host).get(method, Recipe())
-    own = {**TINY_DEFAULTS, **recipe.tiny} if model == TINY else {}
+    own = {**TINY_DEFAULTS[model], **recipe.tiny} if model in TINY_DEFAULTS else {}
     own = own if family["guided"] else SCHNELL_DEFAULTS
     usual = {**DEFAULTS, **(FLUX_DEFAULTS if host == "flux" else {})}
     found = {**usual, **recipe.defaults, **own, **written, **chosen}
@@ -235,7 +233,7 @@ def styled_method(options: Mapping[str, Any], knobs: Sequence[str]) -> Any:
     """The method of the options; on full-sized models it starts from the recipe's knobs."""
     name = options["method"]
     base: dict[str, Any] = {}
-    if name in METHODS and options["model"] != TINY:
+    if name in METHODS and options["model"] not in TINY_DEFAULTS:
         base.update(recipes_on(options["host"]).get(name, Recipe()).knobs)
     base.update(options["knobs"])
     for option, knob in (

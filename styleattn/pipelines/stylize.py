@@ -18,6 +18,28 @@ from .sources import Job
 from .style_aligned import Inversion
 
 
+def sampling_of(options: Mapping[str, Any]) -> Sampling:
+    """How options ask for pictures to be sampled."""
+    return Sampling(
+        options["steps"],
+        float(options["guidance"]),
+        options["negative_prompt"],
+        options["height"],
+        options["width"],
+        float(options["true_guidance"]),
+    )
+
+
+def inversion_of(options: Mapping[str, Any]) -> Inversion:
+    """How options ask for references to be inverted."""
+    return Inversion(
+        float(options["inversion_guidance"]),
+        options["labels"],
+        options["offset"],
+        options["inversion"],
+    )
+
+
 def run_stylize(
     options: Mapping[str, Any],
     knobs: Sequence[str],
@@ -45,20 +67,8 @@ def run_stylize(
     job = Job(
         prompts=prompts_of(options, len(contents)),
         method=method,
-        sampling=Sampling(
-            options["steps"],
-            float(options["guidance"]),
-            options["negative_prompt"],
-            options["height"],
-            options["width"],
-            float(options["true_guidance"]),
-        ),
-        inversion=Inversion(
-            float(options["inversion_guidance"]),
-            options["labels"],
-            options["offset"],
-            options["inversion"],
-        ),
+        sampling=sampling_of(options),
+        inversion=inversion_of(options),
         seed=options["seed"],
         batch_size=options["batch_size"],
         backend=options["backend"],

@@ -1,8 +1,9 @@
-"""StyleAligned on `tiny-sdxl`: prompts drawn in the style of a reference, measured.
+"""StyleAligned and AlignedGen on the embedded models: prompts drawn in the style of a reference,
+measured.
 
-As a program it prints the measurement that the model card states:
+As a program it prints the measurements that the model cards state:
 
-    python tests/tiny/test_acceptance.py --count 200
+    python tests/tiny/test_acceptance.py --count 200 [--setup tiny-flux]
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from typing import Any
 
@@ -22,7 +23,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from styleattn import apply, tiny
-from styleattn.methods import StyleAligned
+from styleattn.methods import AlignedGen, StyleAligned
 from styleattn.pipelines.sampling import Sampling, generate
 from styleattn.pipelines.style_aligned import Inversion, transfer
 from styleattn.tiny import measure
@@ -32,14 +33,25 @@ PER_REFERENCE = 4
 
 @dataclass(frozen=True)
 class Setup:
-    """How images are made: the settings that the command line uses for `tiny-sdxl`."""
+    """How images are made: a model, and the settings that the command line uses for it."""
 
+    model: str
     sampling: Sampling
     inversion: Inversion
-    method: StyleAligned
+    method: Any
 
 
-SETUP = Setup(Sampling(20, 3.0), Inversion(1.0, offset=0), StyleAligned(shared_score_shift=log(2)))
+FLOW = Sampling(16, 3.0, true_guidance=3.0), Inversion(1.0, kind="noise")
+SETUPS = {
+    "tiny-sdxl": Setup(
+        "tiny-sdxl",
+        Sampling(20, 3.0),
+        Inversion(1.0, offset=0),
+        StyleAligned(shared_score_shift=log(2)),
+    ),
+    "tiny-flux": Setup("tiny-flux", *FLOW, StyleAligned()),
+    "tiny-flux-aligned-gen": Setup("tiny-flux", *FLOW, AlignedGen()),
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ def from_prompt(pipe: Any, job: Job, setup: Setup) -> tuple[list[Any], Any]:
 WAYS = {"without": without, "from a picture": from_picture, "from a prompt": from_prompt}
 
 
-def measured(pipe: Any, way: str, found: Sequence[Job], setup: Setup = SETUP) -> measure.Score:
+def measured(pipe: Any, way: str, found: Sequence[Job], setup: Setup) -> measure.Score:
     pictures, prompted, styles, contents = [], [], [], []
     for job in found:
         images, style = WAYS[way](pipe, job, setup)
@@ -117,26 +129,28 @@ def measured(pipe: Any, way: str, found: Sequence[Job], setup: Setup = SETUP) ->
     return measure.score(pictures, prompted, styles, contents)
 
 
-def quiet_pipe() -> Any:
+def quiet_pipe(model: str) -> Any:
     torch.set_num_threads(1)
-    pipe = tiny.load()
+    pipe = tiny.load(model)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def test_a_few_images_of_the_shipped_weights() -> None:
+@pytest.mark.parametrize("name", SETUPS)
+def test_a_few_images_of_the_shipped_weights(name: str) -> None:
     """Two references, eight images: a quick look that the weights and the way to them are right."""
-    pipe, found = quiet_pipe(), jobs(8)
-    styled = measured(pipe, "from a picture", found)
+    pipe, found = quiet_pipe(SETUPS[name].model), jobs(8)
+    styled = measured(pipe, "from a picture", found, SETUPS[name])
     assert styled.style_match >= 0.75 and styled.content_accuracy >= 0.75, styled.as_dict()
 
 
 @pytest.mark.slow
-def test_the_style_comes_from_the_reference_and_the_content_from_the_prompt() -> None:
-    """What the model card states, on 200 images of held-out seeds."""
-    pipe, found = quiet_pipe(), jobs(200)
-    plain = measured(pipe, "without", found)
-    styled = measured(pipe, "from a picture", found)
+@pytest.mark.parametrize("name", SETUPS)
+def test_the_style_comes_from_the_reference_and_the_content_from_the_prompt(name: str) -> None:
+    """What the model cards state, on 200 images of held-out seeds."""
+    pipe, found, setup = quiet_pipe(SETUPS[name].model), jobs(200), SETUPS[name]
+    plain = measured(pipe, "without", found, setup)
+    styled = measured(pipe, "from a picture", found, setup)
     report = json.dumps({"without": plain.as_dict(), "styled": styled.as_dict()}, indent=1)
     assert plain.style_match <= 0.3, report
     assert styled.style_match >= 0.8, report
@@ -145,16 +159,19 @@ def test_the_style_comes_from_the_reference_and_the_content_from_the_prompt() ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--setup", default="tiny-sdxl", choices=list(SETUPS))
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--seed", type=int, default=20_000)
-    parser.add_argument("--steps", type=int, default=SETUP.sampling.num_inference_steps)
-    parser.add_argument("--guidance", type=float, default=SETUP.sampling.guidance_scale)
-    parser.add_argument("--offset", type=int, default=SETUP.inversion.offset)
+    parser.add_argument("--steps", type=int, help="default: the setup's")
+    parser.add_argument("--guidance", type=float, help="default: the setup's; on FLUX the true one")
     values = parser.parse_args()
-    sampling = Sampling(values.steps, values.guidance)
-    setup = Setup(sampling, Inversion(1.0, offset=values.offset), SETUP.method)
-    pipe, found = quiet_pipe(), jobs(values.count, values.seed)
+    setup = SETUPS[values.setup]
+    guidance = "true_guidance" if setup.model == "tiny-flux" else "guidance_scale"
+    changes = {"num_inference_steps": values.steps, guidance: values.guidance}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    setup = replace(setup, sampling=replace(setup.sampling, **changes))
+    pipe, found = quiet_pipe(setup.model), jobs(values.count, values.seed)
     print("measure:", json.dumps(measure.validate()), flush=True)
     for way in values.ways:
         print(f"{way}:", json.dumps(measured(pipe, way, found, setup).as_dict()), flush=True)

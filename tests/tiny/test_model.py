@@ -1,4 +1,4 @@
-"""The embedded model: an ordinary pipeline that loads from the package and draws."""
+"""The embedded models: ordinary pipelines that load from the package and draw."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ def generated(pipe: Any, prompts: list[str], seed: int = 0) -> list[Any]:
     return pipe(prompts, generator=generators, num_inference_steps=4).images
 
 
-def test_the_weights_are_small_half_precision_safetensors() -> None:
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_the_weights_are_small_half_precision_safetensors(name: str) -> None:
     from safetensors import safe_open
 
-    folder = tiny.path()
+    folder = tiny.path(name)
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 12 * MEGABYTE
     weights = [file for file in files if file.suffix == ".safetensors"]
@@ -76,6 +77,29 @@ def test_the_unet_has_the_blocks_of_stable_diffusion_xl(pipe: Any) -> None:
         "up_blocks.0",
         "up_blocks.1",
     }
+
+
+def test_the_second_model_is_a_flux_of_the_same_size() -> None:
+    found = tiny.load("tiny-flux")
+    found.set_progress_bar_config(disable=True)
+    parts = {name: type(part).__name__ for name, part in found.components.items()}
+    assert parts["transformer"] == "FluxTransformer2DModel" and type(found).__name__ == (
+        "FluxPipeline"
+    )
+    config = found.transformer.config
+    assert config.guidance_embeds and config.num_layers and config.num_single_layers
+    assert {p.dtype for p in found.transformer.parameters()} == {torch.float32}
+    pictures = [
+        found(
+            "a star",
+            num_inference_steps=2,
+            max_sequence_length=16,
+            generator=torch.Generator().manual_seed(0),
+        ).images[0]
+        for _ in range(2)
+    ]
+    assert pictures[0].size == (32, 32) and pictures[0].tobytes() == pictures[1].tobytes()
+    assert tiny.load("tiny-flux", torch.bfloat16).transformer.dtype == torch.bfloat16
 
 
 def test_a_seed_gives_the_same_pictures(pipe: Any) -> None:
@@ -114,13 +138,16 @@ def test_it_saves_and_loads_as_any_pipeline(pipe: Any, tmp_path: Path) -> None:
     code = (
         "import sys, torch, diffusers; torch.set_num_threads(1)\n"
         "for folder in sys.argv[1:]:\n"
-        "    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)\n"
+        "    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)\n"
         "    assert not [m for m in sys.modules if m.startswith('styleattn')]\n"
-        "    picture = pipe('a star', num_inference_steps=2, output_type='np').images\n"
+        "    flux = {'height': 32, 'width': 32, 'max_sequence_length': 16}\n"
+        "    more = flux if type(pipe).__name__ == 'FluxPipeline' else {}\n"
+        "    picture = pipe('a star', num_inference_steps=2, output_type='np', **more).images\n"
         "    assert picture.shape == (1, 32, 32, 3), picture.shape\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", code, str(tmp_path / "copy"), str(tiny.path())]
+    folders = [str(tmp_path / "copy"), *(str(tiny.path(name)) for name in tiny.MODELS)]
+    command = [sys.executable, "-c", code, *folders]
     subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=240)
 
 
@@ -135,8 +162,9 @@ def test_importing_it_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_the_card_and_the_record_tell_the_same(pipe: Any) -> None:
-    folder = tiny.path()
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_the_card_and_the_record_tell_the_same(name: str) -> None:
+    folder = tiny.path(name)
     record = json.loads((folder / "training.json").read_text())
     card = (folder / "MODEL_CARD.md").read_text()
     assert str(record["steps"]) in card.replace(",", "")
