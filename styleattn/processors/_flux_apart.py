@@ -3,7 +3,7 @@ at work on them alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,13 +108,18 @@ def tuned(model: Any, name: str) -> list[Any]:
     return [m for m in model.modules() if name in getattr(m, "lora_A", ())]
 
 
-def without(model: Any, name: str) -> tuple[tuple[Any, Any], ...]:
-    """Take a LoRA out of work; the modules, and what was at work in each."""
-    found = []
-    for module in tuned(model, name):
-        found.append((module, module._active_adapter))
+def without(modules: Sequence[Any], name: str) -> tuple[tuple[Any, Any], ...]:
+    """Take a LoRA out of work in modules; what was at work in each."""
+    found = tuple((module, module._active_adapter) for module in modules)
+    for module in modules:
         module._active_adapter = [a for a in module.active_adapters if a != name]
-    return tuple(found)
+    return found
+
+
+def restore(before: Sequence[tuple[Any, Any]]) -> None:
+    """Put back what `without` found."""
+    for module, active in before:
+        module._active_adapter = active
 
 
 @contextmanager

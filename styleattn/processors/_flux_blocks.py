@@ -22,6 +22,7 @@ from styleattn.references import Reference
 
 from ._cross import Entry
 from ._layers import layer_weights
+from ._pictures import kept_adapter
 
 if TYPE_CHECKING:
     from ._flux_controller import FluxController, FluxNow
@@ -204,7 +205,11 @@ def _adapter(method: Any, model: Any) -> Any:
         )
     if isinstance(adapter, (str, os.PathLike)):
         single = len(model.single_transformer_blocks)
-        adapter = load_pulid(adapter, double=double, single=single)
+        adapter = kept_adapter(
+            method,
+            (double, single),
+            lambda path: load_pulid(path, double=double, single=single),
+        )
     kind = getattr(adapter, "kind", None)
     if kind != KIND:
         raise ValueError(f"{method.name}: the adapter must be {KIND!r}, this one is {kind!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +20,10 @@ from styleattn.methods._joint import JointCall, JointMethod, Tokens
 from styleattn.methods._shown import PictureMethod, Shown
 from styleattn.references import Reference
 
-from ._flux_apart import Pair, recorded, tuned, without
+from ._flux_apart import Pair, recorded, restore, tuned, without
 from ._flux_attention import JointSite
 from ._flux_controller import PARAMETERS, FluxController, FluxNow
-from ._flux_panels import RESIDUALS
+from ._flux_rows import RESIDUALS
 
 PICTURES = "pictures"
 PIXELS = 2**20
@@ -85,14 +86,26 @@ class PictureController(FluxController):
         """Processors and hooks; the pictures' LoRA leaves the image alone."""
         super().install(model)
         lora = self.methods[self.shown].lora
-        self.loras = () if lora is None else without(model, lora)
+        self.loras = () if lora is None else without(tuned(model, lora), lora)
 
     def uninstall(self, model: torch.nn.Module) -> None:
         """Nothing of it is left."""
         super().uninstall(model)
-        for module, active in self.loras:
-            module._active_adapter = active
+        restore(self.loras)
         self.loras = self.kept = ()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The model as it was, for a while; the LoRA too."""
+        loras, self.loras = self.loras, ()
+        restore(loras)
+        try:
+            with super().paused():
+                yield
+        finally:
+            if loras:
+                without([module for module, _ in loras], self.methods[self.shown].lora)
+            self.loras = loras
 
     # What the processors ask
 
@@ -156,9 +169,9 @@ class PictureController(FluxController):
 
     def _tell_layers(self) -> None:
         """Every layer's own pictures, where compiled blocks of a kind find them alike."""
-        for _, site in self.sites:
-            if isinstance(site, JointSite):
-                site.kept[PICTURES] = tuple(self._at(site.layer.name))
+        sites: list[tuple[Any, Any]] = list(self.sites)
+        for _, site in sites:
+            site.kept[PICTURES] = tuple(self._at(site.layer.name))
 
     def _there(self, now: FluxNow) -> list[bool]:
         """Whether each picture is seen at this step."""
@@ -225,7 +238,8 @@ class PictureController(FluxController):
                 output = (output[0][:, :length], *output[1:])
             else:
                 output = type(output)(sample=output.sample[:, :length])
-        return super().after(module, args, output)
+        found = super().after(module, args, output)
+        return output if found is None else found
 
     # Pictures on their own
 

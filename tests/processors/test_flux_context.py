@@ -357,6 +357,9 @@ def test_a_lora_for_the_pictures_alone():
         unseen = EasyControl(references=Reference(latents=A), lora="style", strength=0.0)
         handle.update(unseen)
         assert relative(run(pipe, PROMPTS), plain) <= 1e-5
+        with handle.paused():
+            assert torch.equal(run(pipe, PROMPTS), everywhere)
+        assert relative(run(pipe, PROMPTS), plain) <= 1e-5
     assert torch.equal(run(pipe, PROMPTS), everywhere)
     assert relative(ours, without) > 1e-3
     pipe.transformer.disable_adapters()
