@@ -60,7 +60,6 @@ class Calls:
 
     def __init__(self, pipe):
         self.inputs, self.outputs, self.unet = [], [], pipe.unet
-        self.forward = pipe.unet.forward
 
     def __enter__(self):
         self.before = self.unet.register_forward_pre_hook(self.ask, with_kwargs=True, prepend=True)
@@ -134,8 +133,8 @@ def styled(pipe, state):
         for n in images.cross_layers(pipe.unet)
     ]
     adapter = ip_adapter_from(images.flat(state), layers)
-    references = (Reference(embeds=images.embeds(0)), Reference(embeds=images.embeds(1)))
-    references = (references[0], Reference(embeds=images.embeds(1), layers="up_blocks.0*"))
+    style = Reference(embeds=images.embeds(1), layers="up_blocks.0*")
+    references = (Reference(embeds=images.embeds(0)), style)
     return InstantStylePlus(adapter=adapter, references=references)
 
 
@@ -160,6 +159,24 @@ def test_under_a_style(hosts):
         expected = one_graph(pipe, aim, args[0][:1], int(args[1]), arguments)
     assert relative(answer[:1], plain[:1] + expected) < 1e-5
     assert relative((answer - plain)[:1], expected) < 1e-4  # a small difference of large numbers
+
+
+def test_whole_runs_of_instant_style_plus(hosts):
+    """Two softmaxes next to the text's at every step, without guidance by CSD."""
+    pipe = hosts.sdxl()
+    state, none = images.checkpoint(pipe.unet), torch.zeros(images.WIDTH)
+    rows = [[none], [images.embeds(0)]], [[none], [images.embeds(1)]]
+    shown = [
+        images.Shown(state, rows[0], 0.2),
+        images.Shown(state, rows[1], 1.2, layers={"up_blocks.0": 1.0}),
+    ]
+    plain = run(pipe, 3)
+    with images.written(pipe.unet, shown):
+        expected = run(pipe, 3)
+    with apply(pipe, styled(pipe, state)):
+        found = run(pipe, 3)
+    assert relative(found, expected) < 1e-5 and relative(plain, expected) > 1e-3
+    assert torch.equal(run(pipe, 3), plain)
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
