@@ -8,7 +8,7 @@ import torch
 from random_flux import EACH, PROMPTS, ip_adapter, load_ip_adapter, relative, run
 
 from styleattn.adapters import load_flux_ip_adapter
-from styleattn.methods import IPAdapter, Redux, StyleAligned
+from styleattn.methods import InstantStyle, IPAdapter, Redux, StyleAligned
 from styleattn.processors import apply
 from styleattn.processors.flux import joint_attention_layers
 from styleattn.references import Reference
@@ -90,6 +90,19 @@ def test_xlabs_is_what_diffusers_makes_of_it(pipe, stock, xlabs, scale):
         got = run(pipe)
     assert relative(got, expected) <= 1e-5
     assert relative(got, run(pipe)) > 1e-3
+
+
+def test_instant_style_has_a_weight_for_every_block(pipe, stock, xlabs):
+    """Of an adapter of its own as diffusers' list of scales; of one that diffusers loaded as a
+    factor. Presets of UNets are refused."""
+    expected = of_diffusers(stock, [0.7, 0.3])
+    with apply(pipe, InstantStyle(adapter=xlabs, references=shown(), blocks=[0.7, 0.3])):
+        assert relative(run(pipe), expected) <= 1e-5
+    with apply(stock, InstantStyle(blocks={"transformer_blocks.1": 0.5})):
+        found = of_diffusers(stock, [0.7, 0.6])
+    assert relative(found, of_diffusers(stock, [0.0, 0.3])) <= 1e-5
+    with pytest.raises(ValueError, match="no preset has been measured: give weights per block"):
+        apply(pipe, InstantStyle(adapter=xlabs, references=shown()))
 
 
 def test_xlabs_under_true_guidance(pipe, stock, xlabs):
