@@ -82,7 +82,10 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 def qformer(tensors: dict[str, Tensor], kind: str, image: Tensor, word: list[int]) -> Tensor:
     """BLIP-2's Q-Former of transformers (diffusers' copy does not run on transformers 5), and
     diffusers' embeddings and projector."""
-    from diffusers.pipelines.deprecated.blip_diffusion import modeling_blip2
+    try:
+        from diffusers.pipelines.deprecated.blip_diffusion import modeling_blip2
+    except ImportError:  # its place before diffusers 0.37
+        from diffusers.pipelines.blip_diffusion import modeling_blip2
     from transformers import Blip2QFormerConfig
     from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerEncoder
 

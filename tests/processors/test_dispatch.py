@@ -6,6 +6,7 @@ import pytest
 import random_flux
 import random_pipelines
 import torch
+import transformers
 from diffusers.models import attention_dispatch as dispatcher
 from diffusers.models.attention_dispatch import attention_backend
 from torch.nn import functional as F
@@ -119,9 +120,9 @@ def test_a_default_chosen_later_is_kept():
     registry, names = dispatcher._AttentionBackendRegistry, dispatcher.AttentionBackendName
     before = registry._active_backend
     with styleattn.register_backend():
-        registry.set_active_backend(names.FLEX)
+        registry._active_backend = names.FLEX
     assert registry._active_backend is names.FLEX
-    registry.set_active_backend(before)
+    registry._active_backend = before
 
 
 def test_registering_twice_is_registering_once():
@@ -150,7 +151,8 @@ def encoders():
         "clip text padded": (random_pipelines.text_encoder, text, 0),
         "t5": (random_flux.t5, {"input_ids": tokens}, 0),
         "t5 padded": (random_flux.t5, text, 0),
-        "bert padded": (bert, text, 2),
+        # before transformers 5, BERT has attention classes of its own
+        "bert padded": (bert, text, 2 if int(transformers.__version__.split(".")[0]) >= 5 else 0),
     }
 
 
