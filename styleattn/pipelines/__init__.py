@@ -16,6 +16,7 @@ _HOMES = {
     "sheet": ("Cell", "contact_sheet"),
     "stylize": ("run_stylize",),
     "sources": ("Job", "Source"),
+    "style_guidance": ("Aim", "led"),
     "style_aligned": (
         "TRANSFER",
         "Inversion",

@@ -14,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, PngImagePlugin
 
 from styleattn.backends import Unsupported, backends
@@ -95,6 +96,7 @@ def run_folder(
         "settings": job.settings(),
         "scheduler": _scheduler(pipe),
         "denoiser": fingerprint(model),
+        "controlnet": _control(pipe),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": {"type": device.type, "name": device_name(device)},
         "versions": versions(),
@@ -192,7 +194,8 @@ def _key(folder: _Folder, ready: Ready, index: int) -> str:
     settings["seed"] = folder.job.seed + index
     for name in ("batch_size", "model"):
         settings.pop(name)
-    fixed = {name: folder.manifest[name] for name in ("scheduler", "denoiser", "dtype", "versions")}
+    names = ("scheduler", "denoiser", "controlnet", "dtype", "versions")
+    fixed = {name: folder.manifest[name] for name in names}
     facts = {
         **fixed,
         "format": FORMAT,
@@ -203,6 +206,12 @@ def _key(folder: _Folder, ready: Ready, index: int) -> str:
         "bank": None if bank is None else [bank.offset, [r.to_dict() for r in bank.references]],
     }
     return digest(facts)
+
+
+def _control(pipe: Any) -> str | None:
+    """A name for the pipeline's ControlNet."""
+    found = getattr(pipe, "controlnet", None)
+    return fingerprint(found) if isinstance(found, torch.nn.Module) else None
 
 
 def _scheduler(pipe: Any) -> dict[str, Any]:

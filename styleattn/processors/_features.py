@@ -69,6 +69,7 @@ class FeatureCache:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> FeatureCache:
         """The cache in a folder of `cache_features`; features are read step by step, when needed.
+        Masks of references are not in it: `cache_features` or the method bring them.
 
         Raises:
             FileNotFoundError: there is none, or steps are missing.

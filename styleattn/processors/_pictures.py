@@ -180,8 +180,11 @@ class Eye:
             found = read_identity(method.identity)
         if isinstance(found, Tensor):
             return found
+        face, vision = found
+        device = next(self.adapter.parameters()).device
         with torch.no_grad():
-            tokens: Tensor = self.adapter.identity(*found)[0]
+            made = self.adapter.identity(face.to(device), [v.to(device) for v in vision])
+        tokens: Tensor = made[0]
         return tokens
 
     def _content(self) -> Tensor:

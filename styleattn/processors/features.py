@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,9 @@ def cache_features(
                 f"cache_features: {folder} has features of another model, method, bank, size or"
                 " number of steps; delete it, or name another folder"
             )
-        return found
+        return replace(found, references=references)
     _write(folder, references, facts, bank, _features(pipe, method, bank, guided, callback))
-    return FeatureCache.load(folder)
+    return replace(FeatureCache.load(folder), references=references)
 
 
 class _Recorder:

@@ -99,6 +99,11 @@ def test_a_tile_controlnet_and_csd(place, tmp_path):
     assert made(tmp_path / "off") == plain
     assert stylize(place, tmp_path / "tile", *control) == 0
     assert made(tmp_path / "tile") != plain
+    nets = [
+        json.loads((tmp_path / name / "manifest.json").read_text())["controlnet"]
+        for name in ("plain", "off", "tile")
+    ]
+    assert nets[0] is None and nets[1] and nets[1] == nets[2]
     assert stylize(place, tmp_path / "csd", "--set", csd[0], "--set", csd[1]) == 0
     assert made(tmp_path / "csd") != plain
 

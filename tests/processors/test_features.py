@@ -104,7 +104,9 @@ def test_a_folder(sdxl, bank, tmp_path):
         with apply(sdxl, StyleID(), bank=source):
             outs.append(draw(sdxl))
     assert torch.equal(outs[1], outs[0]) and torch.equal(outs[2], outs[0])
-    cache_features(sdxl, StyleID(), bank, place=tmp_path / "a" / "b", callback=pytest.fail)
+    weak = StyleID(references=(Reference(weight=0.5), Reference()))
+    again = cache_features(sdxl, weak, bank, place=tmp_path / "a" / "b", callback=pytest.fail)
+    assert again.references == weak.references
     with pytest.raises(ValueError, match="delete it, or name another folder"):
         cache_features(sdxl, StyleID(), bank, place=tmp_path / "a" / "b", guided=True)
     step = tmp_path / "a" / "b" / "step-0001.safetensors"
