@@ -15,6 +15,7 @@ from .diptych import FillDiptych
 from .easy_control import EasyControl
 from .in_context import InContext
 from .instant_style import InstantStyle
+from .instant_style_plus import InstantStylePlus
 from .ip_adapter import IPAdapter
 from .mutual_attention import MutualAttention
 from .pulid_flux import PuLIDFLUX
@@ -40,6 +41,7 @@ _ALL = (
     ReferenceOnly,
     IPAdapter,
     InstantStyle,
+    InstantStylePlus,
     CSGO,
     DEADiff,
     StyleShot,
@@ -75,9 +77,10 @@ __all__ = [
     "Facts",
     "FillDiptych",
     "IPAdapter",
-    "InContext",
     "ImagePrompt",
+    "InContext",
     "InstantStyle",
+    "InstantStylePlus",
     "JointCall",
     "JointMethod",
     "Layer",
