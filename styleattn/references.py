@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 Layers = str | Sequence[str] | Sequence[float] | Mapping[str, Any]
-"""Which layers: "all", "style", "layout", patterns of names, diffusers' scale dictionary, or on FLUX
-a weight for every block."""
+"""Which layers: "all", "style", "layout", patterns of names, diffusers' scale dictionary, or a
+weight for every block of FLUX."""
 
 Steps = Sequence[float]
 """When: (start, end) as fractions of the run, or a curve of at least three weights over it."""
