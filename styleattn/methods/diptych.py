@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -125,25 +126,37 @@ class FillDiptych(JointSettings):
         names = list(call.tokens)
         beside = [n for n in names[: names.index("image")] if n != "text"]
         halves: dict[tuple[int, ...], tuple[Segment, Segment]] = {}
-        changed = {}
-        for name, part in parts.items():
-            segments: dict[str, Segment] = {}
-            for run, segment in part.segments.items():
-                if run == "image":
-                    segments[A], segments[B] = _halves(segment, first, halves)
-                else:
-                    segments[run] = segment
-            part = replace(part, segments=segments)
-            if name == "image":
-                part = _biased(part, A, 0.0, s["b_to_a"], first)
-                part = _biased(part, B, s["a_to_b"], 0.0, first)
-                for run in beside:
-                    part = _biased(part, run, s["a_to_redux"], s["b_to_redux"], first)
-            elif name in beside:
-                part = _biased(part, A, s["redux_to_a"], s["redux_to_a"], first)
-                part = _biased(part, B, s["redux_to_b"], s["redux_to_b"], first)
-            changed[name] = part
-        return changed
+        return {n: self._parted(n, part, s, beside, first, halves) for n, part in parts.items()}
+
+    def _parted(
+        self,
+        name: str,
+        part: Part,
+        s: Mapping[str, Number],
+        beside: Sequence[str],
+        first: int,
+        halves: dict[tuple[int, ...], tuple[Segment, Segment]],
+    ) -> Part:
+        """What the queries of a run see, with the panels apart; the rest of the part likewise."""
+        rest = part.rest
+        if rest is not None:
+            rest = self._parted(name, rest, s, beside, first, halves)
+        segments: dict[str, Segment] = {}
+        for run, segment in part.segments.items():
+            if run == "image":
+                segments[A], segments[B] = _halves(segment, first, halves)
+            else:
+                segments[run] = segment
+        part = replace(part, segments=segments, rest=None)
+        if name == "image":
+            part = _biased(part, A, 0.0, s["b_to_a"], first)
+            part = _biased(part, B, s["a_to_b"], 0.0, first)
+            for run in beside:
+                part = _biased(part, run, s["a_to_redux"], s["b_to_redux"], first)
+        elif name in beside:
+            part = _biased(part, A, s["redux_to_a"], s["redux_to_a"], first)
+            part = _biased(part, B, s["redux_to_b"], s["redux_to_b"], first)
+        return replace(part, rest=rest)
 
 
 def _halves(
