@@ -44,16 +44,14 @@ PEERS = (
     "ours-triton",
     "ours-torch",
     "official",
-    "official-compiled",
     "sdpa-cudnn",
     "sdpa-flash",
     "sdpa-efficient",
-    "flex",
-    "flex-merged",
     "fa3",
     "fa4",
     "sage",
 )
+COMPILED = ("ours-triton", "official-compiled", "flex", "flex-merged")  # minutes a shape
 
 
 @dataclass(frozen=True)
@@ -77,18 +75,21 @@ def stages(out: Path, minutes: float) -> list[Stage]:
     rows, steps = str(out / "rows.csv"), str(out / "steps.csv")
     unit = 6.0 * minutes  # a tenth of the time, in seconds
     half = ("--dtype", "bfloat16")
-    bench = ("--shapes", *SHAPES, "--providers", *PEERS, *half, "--seconds", "4", "--rounds", "7")
+    kept = (*half, "--rounds", "7", "--output", rows)
+    bench = ("--shapes", *SHAPES, "--providers", *PEERS, "--seconds", "3", *kept)
+    slow = ("--shapes", *SHAPES[:3], "--providers", *COMPILED, "--no-limits", *kept)
     tune = ("--tune", "--shapes", *SHAPES[:4], *half, "--seconds", "3", "--rounds", "5")
-    sdxl = ("--models", "sdxl", "--batch", "4", "1", "8", "16", "--seconds", f"{1.4 * unit:.0f}")
-    flux = ("--models", "flux", "--batch", "2", "1", "4", "--seconds", f"{0.9 * unit:.0f}")
+    sdxl = ("--models", "sdxl", "--batch", "4", "1", "8", "16", "--seconds", f"{1.2 * unit:.0f}")
+    flux = ("--models", "flux", "--batch", "2", "1", "4", "--seconds", f"{0.7 * unit:.0f}")
     gpu_tests = ("-q", "-x", "-m", "gpu", "--import-mode=importlib", "tests/kernels/test_gpu.py")
     return [
         Stage("build", 0.6 * unit, "gpu.py", ("--check", "cuda")),
         Stage("tests", 1.2 * unit, "pytest", gpu_tests),
-        Stage("benchmark", 3.4 * unit, "run.py", (*bench, "--output", rows)),
-        Stage("sdxl", 1.6 * unit, "end_to_end.py", (*sdxl, "--output", steps)),
-        Stage("flux", 1.1 * unit, "end_to_end.py", (*flux, "--output", steps)),
-        Stage("tuning", 1.8 * unit, "run.py", tune),
+        Stage("benchmark", 1.9 * unit, "run.py", bench),
+        Stage("sdxl", 1.5 * unit, "end_to_end.py", (*sdxl, "--output", steps)),
+        Stage("flux", 1.0 * unit, "end_to_end.py", (*flux, "--output", steps)),
+        Stage("tuning", 1.7 * unit, "run.py", tune),
+        Stage("compiled", 1.8 * unit, "run.py", slow),
         Stage("table", 0.3 * unit, "gpu.py", ("--table", rows, steps)),
     ]
 

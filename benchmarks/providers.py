@@ -278,9 +278,9 @@ PROVIDERS: dict[str, Provider] = {
         Provider("official-compiled", _official_compiled, _none, "official"),
         Provider("sdpa", _sdpa(None), _none, "library"),
         *(
-            Provider(f"sdpa-{name}", _sdpa(kernel), _kernel_reasons(name, masks), "library")
+            Provider(f"sdpa-{name.lower()}", _sdpa(kernel), _kernel_reasons(name, masks), "library")
             for name, kernel, masks in (
-                ("cudnn", SDPBackend.CUDNN_ATTENTION, True),
+                ("cuDNN", SDPBackend.CUDNN_ATTENTION, True),
                 ("flash", SDPBackend.FLASH_ATTENTION, False),
                 ("efficient", SDPBackend.EFFICIENT_ATTENTION, True),
             )

@@ -30,15 +30,21 @@ from .primitives import (
     finish,
     fold_query,
     load_blended,
+    load_tile,
     map_values,
     measure,
     merge_states,
     number_at,
     number_rows,
     scale_rows,
+    squares,
     store_tile,
     zero_tile,
 )
+from .reach import reach_of
+
+# log2 units: 2^80 times a million keys times values of 2^20 is below 2^127
+BOUND = tl.constexpr(80.0)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,6 +132,55 @@ def _attend(state, q, scale, segment, row, b, h, D: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
+def _add(acc, total, exponents, segment, row, h, start, n, D: tl.constexpr):
+    """A step below a maximum that stays: nothing decays."""
+    p = tl.math.exp2(exponents)
+    total += tl.sum(p, 1)
+    v = load_tile(segment.value, row, h, start, n, None, D)
+    return dot_pv(p, v, acc), total
+
+
+@triton.jit
+def _attend_below(state, q, scale, segment, row, h, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`_attend` below a maximum that stays as it is: no row maxima, no rescaling."""
+    acc, total, top = state
+    n = tl.arange(0, BLOCK_N)
+    full = (segment.length - 1) // BLOCK_N
+    last = segment.length - BLOCK_N
+    s = dot_qk(q, load_tile(segment.key, row, h, 0, n, None, D))
+    exponents = s * scale[:, None] - top[:, None]
+    for i in tl.range(1, full):
+        at = i * BLOCK_N
+        s = dot_qk(q, load_tile(segment.key, row, h, at, n, None, D))
+        acc, total = _add(acc, total, exponents, segment, row, h, at - BLOCK_N, n, D)
+        exponents = s * scale[:, None] - top[:, None]
+    s = dot_qk(q, load_tile(segment.key, row, h, last, n, None, D))
+    acc, total = _add(acc, total, exponents, segment, row, h, (full - 1) * BLOCK_N, n, D)
+    exponents = s * scale[:, None] - top[:, None]
+    exponents = tl.where((n + last >= full * BLOCK_N)[None, :], exponents, -float("inf"))
+    acc, total = _add(acc, total, exponents, segment, row, h, last, n, D)
+    return acc, total, top
+
+
+@triton.jit
+def _attend_bounded(state, q, scale, segment, row, b, h, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`_attend`, without a running maximum where the logits of all rows of the tile are bounded
+    such that no exponential leaves the range of fp32 (and of bf16, which has the same): any number
+    will do as the maximum, say that of the segments before."""
+    if segment.reach is None:
+        return _attend(state, q, scale, segment, row, b, h, D, BLOCK_N)
+    else:
+        acc, total, top = state
+        fixed = tl.where(top == -float("inf"), 0.0, top)
+        far = scale * tl.sqrt_rn(squares(q)) * reach_of(segment.reach, row, h) + tl.abs(fixed)
+        if tl.max(far, 0) <= BOUND:
+            state = _attend_below((acc, total, fixed), q, scale, segment, row, h, D, BLOCK_N)
+        else:  # half a step at a time: two loops at full size do not fit the registers
+            state = _attend(state, q, scale, segment, row, b, h, D, BLOCK_N // 2)
+        return state
+
+
+@triton.jit
 def _segment(state, branch, segment, row, place, scale2, D: tl.constexpr, BLOCK_N: tl.constexpr):
     """One segment with its boundaries: fold the query, shift the maximum to its frame and back."""
     b, h, _, start, m, valid = place
@@ -135,7 +190,7 @@ def _segment(state, branch, segment, row, place, scale2, D: tl.constexpr, BLOCK_
     if segment.logit_bias.stride_l is None:
         shift += number_at(segment.logit_bias, b) * LOG2E
         state = (acc, total, top - shift)
-        acc, total, top = _attend(state, q, scale, segment, row, b, h, D, BLOCK_N)
+        acc, total, top = _attend_bounded(state, q, scale, segment, row, b, h, D, BLOCK_N)
         top += shift
     else:
         # a bias per query may be -inf: such a row runs with scale 0 below an unreachable maximum,

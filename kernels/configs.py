@@ -105,6 +105,19 @@ TILES: dict[tuple[str, int], tuple[Tile, Tile, Tile, Tile, Tile]] = {
     ("interpreter", 4): (Tile(64, 32, 1, 1),) * 5,
 }
 
+# Architectures on which bfloat16 does without a running maximum, and the fewest keys of a segment
+# for which finding their reach pays. Half precision with 5 bits of exponent has no room for it.
+BOUNDED = {"sm_90": 512, "interpreter": 1}
+
+
+def is_bounded(arch: str, head_dim: int, *, folded: bool) -> bool:
+    """Whether a kernel of bfloat16 has the loop without a running maximum: where both loops fit the
+    registers. `folded`: several segments, or anything that folds into the query."""
+    if arch == "interpreter":
+        return True
+    return arch in BOUNDED and (head_dim == 128 or (head_dim == 64 and not folded))
+
+
 ARCHITECTURES = (*_NVIDIA, "gfx942")
 
 

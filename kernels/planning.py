@@ -16,8 +16,18 @@ import triton
 import triton.language as tl
 
 from ..measured import find
-from .configs import Tile, attention_tile, cuda_arch, decoupled_tile, hip_arch
+from .configs import (
+    BOUNDED,
+    Tile,
+    attention_tile,
+    cuda_arch,
+    decoupled_tile,
+    hip_arch,
+    is_bounded,
+    next_power_of_2,
+)
 from .primitives import BranchArgs, Map, Number, Rows, SegmentArgs
+from .reach import PARTS, Reach, reach_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,16 +43,19 @@ _GRID_LIMIT = 65535
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with everything that it needs to start."""
+    """A kernel with everything that it needs to start, and what has to run before it."""
 
     kernel: Any
     grid: tuple[int, int, int]
     args: tuple[Any, ...]
     constants: dict[str, Any]
     options: dict[str, Any]
+    before: tuple[Launch, ...] = ()
 
     def run(self, device: torch.device) -> None:
         """Start it on the current stream of the tensors' device."""
+        for launch in self.before:
+            launch.run(device)
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with guard:
             self.kernel[self.grid](*self.args, **self.constants, **self.options)
@@ -202,6 +215,7 @@ def _segment(segment: Segment, line: int | None, table: Tensor | None, batch: in
         blend=_number(segment.kv_blend) if blended else None,
         single=None,
         signed=None,
+        reach=None,
     )
 
 
@@ -262,6 +276,43 @@ def _with_capabilities(branch: BranchArgs, scale: float, block_n: int) -> Branch
     return branch._replace(segments=tuple(mark(s) for s in branch.segments))
 
 
+def _with_reach(
+    branches: tuple[BranchArgs, ...], heads: int, least: int
+) -> tuple[tuple[BranchArgs, ...], tuple[Launch, ...]]:
+    """The branches with the reach of all keys that are long, whole and without biases, and the
+    launches that find it: one for each tensor."""
+    made: dict[Any, tuple[Tensor, Launch]] = {}
+
+    def mark(s: SegmentArgs) -> SegmentArgs:
+        plain = s.key_bias is None and s.own_key is None and s.logit_bias.stride_l is None
+        if not plain or s.single is not None or s.length < least:
+            return s
+        key = s.key.pointer
+        known = (key.data_ptr(), key.shape, key.stride())
+        if known not in made:
+            made[known] = _reach(key, s.key, heads)
+        out = made[known][0]
+        return s._replace(
+            reach=Reach(out, 0 if s.key.stride_b == 0 else out.stride(0), out.shape[2])
+        )
+
+    marked = tuple(
+        branch._replace(segments=tuple(mark(s) for s in branch.segments)) for branch in branches
+    )
+    return marked, tuple(launch for _, launch in made.values())
+
+
+def _reach(key: Tensor, rows: Rows, heads: int) -> tuple[Tensor, Launch]:
+    """(what will hold the reach [R, H, parts] of keys, the launch that fills it)."""
+    count, _, length, dim = key.shape
+    run = max(64, next_power_of_2(-(-length // int(PARTS))))
+    out = torch.empty(count, heads, -(-length // run), dtype=torch.float32, device=key.device)
+    constants = {"D": dim, "WIDTH": max(16, next_power_of_2(dim)), "RUN_N": run, "BLOCK_N": 64}
+    grid = (out.shape[2], heads, count)
+    args = (rows._replace(stride_b=key.stride(0)), out, heads, length, out.shape[2])
+    return out, Launch(reach_kernel, grid, args, constants, {"num_warps": 4, "num_stages": 2})
+
+
 def plan(
     kernels: Callable[[str], Any],
     query: Tensor,
@@ -284,6 +335,7 @@ def plan(
     keys = [s.length for s in segments]
     scale2 = softmax_scale * _LOG2E
     constants: dict[str, Any] = {"D": dim}
+    before: tuple[Launch, ...] = ()
     if _is_decoupled(branches, arguments):
         name = "decoupled"
         tile = decoupled_tile(arch, dim, query.element_size(), sum(keys))
@@ -300,7 +352,11 @@ def plan(
             tile = Tile(*known.tile)
         constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         arguments = tuple(_with_capabilities(a, scale2, tile.block_n) for a in arguments)
+        folded = len(segments) > 1 or any(a.query_map or a.content for a in arguments)
+        folded |= any(s.key_map is not None for s in segments)
+        if query.dtype == torch.bfloat16 and is_bounded(arch, dim, folded=folded):
+            arguments, before = _with_reach(arguments, heads, BOUNDED[arch])
         args = (out, lse, arguments, order, heads, length, scale2)
     grid = (-(-length // tile.block_m), heads, batch)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    return Launch(kernels(name), grid, args, constants, options)
+    return Launch(kernels(name), grid, args, constants, options, before)

@@ -73,6 +73,7 @@ class SegmentArgs(NamedTuple):
     blend: Any
     single: Any  # 1: one step holds all keys
     signed: Any  # 1: the logit scale may be negative
+    reach: Any  # how far the keys reach: the softmax may do without a running maximum
 
 
 class BranchArgs(NamedTuple):
@@ -239,6 +240,17 @@ def measure(s, top, scale, bias):
         new = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new == -float("inf"), 0.0, new)
         return s - safe[:, None], tl.math.exp2(top - safe), new
+
+
+@triton.jit
+def squares(q):
+    """[M]: the squared norms of the rows of a tile."""
+    low = q[0].to(tl.float32)
+    total = tl.sum(low * low, 1)
+    if len(q) == 2:
+        high = q[1].to(tl.float32)
+        total += tl.sum(high * high, 1)
+    return total
 
 
 @triton.jit

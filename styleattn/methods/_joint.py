@@ -323,7 +323,10 @@ def _same(a: Number, b: Number) -> bool:
 
 def per_query(bias: Number, query: Tensor) -> Tensor:
     """A bias as [B, N]."""
-    wide = torch.as_tensor(bias, dtype=torch.float32, device=query.device)
+    if isinstance(bias, Tensor):
+        wide = bias.to(query.device, torch.float32)
+    else:  # filled in on the device: a CUDA graph cannot capture a copy from the host
+        wide = torch.full((), bias, dtype=torch.float32, device=query.device)
     return (wide[:, None] if wide.ndim == 1 else wide).expand(query.shape[0], query.shape[2])
 
 

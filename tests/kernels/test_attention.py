@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import strategies
 import torch
+import triton.language as tl
 from hypothesis import given, settings
 from oracles import official_style_aligned
 
 import styleattn
 from styleattn.branch import Affine, Branch, Segment, normalize
-from styleattn.kernels import planning
+from styleattn.kernels import attention, planning
 from styleattn.kernels.attention import (
     attention_forward,
     attention_kernel,
@@ -318,3 +319,49 @@ def test_every_reason_at_once(monkeypatch):
         assert part in found
     with pytest.raises(ValueError, match="CPU tensors"):
         attention_forward(query, branches, 1.0)
+
+
+def loud(spread):
+    """A bfloat16 call whose logits reach as far as `spread` says."""
+    spec = CallSpec(
+        2, 1, 70, 40, (one(affines="kc", logit_bias="float"),), torch.bfloat16, means=0.5
+    )
+    query, branches, scale = spec.build()
+    return query * spread, branches, scale
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 6.0, 200.0])
+def test_no_running_maximum_where_logits_are_bounded(spread, monkeypatch):
+    """Whichever way a tile goes, it is right; small logits go below a maximum that stays."""
+    call = loud(spread)
+    out, lse = check(*call)
+    monkeypatch.setattr(attention, "BOUND", tl.constexpr(-1.0))
+    running, running_lse = check(*call)
+    assert torch.equal(out, running) == (spread > 2)
+    assert relative_error(lse, running_lse.double()) < 1e-4
+
+
+def test_bounded_rows_next_to_dead_and_nan_ones():
+    query, branches, scale = loud(1.0)
+    first, second = branches[0].segments
+    clean, _ = run(query, branches, scale)
+    second.key[1, :, 3] = math.nan
+    holes = (Branch((first, replace(second, rows=torch.tensor([0, 1])))),)
+    out, _ = run(query, holes, scale)
+    assert torch.equal(out[0], clean[0]) and out[1].isnan().all()
+    query[0, 0, 5] = math.inf
+    out, _ = run(query, branches, scale)
+    assert torch.equal(out[0, :, 64:], clean[0, :, 64:])  # another tile
+
+
+def test_reach_is_found_once_for_shared_keys():
+    query, branches = adain_call(torch.bfloat16)
+    normal, sigma = normalize("test", query, branches, None)
+    launch = launch_of(query, normal, sigma, query, query, "interpreter")
+    (before,) = launch.before
+    before.run(query.device)
+    reach = launch.args[2][0].segments[1].reach.pointer
+    key = branches[0].segments[0].key.float()
+    assert torch.allclose(reach.amax(-1).sqrt(), key.norm(dim=-1).amax(-1), rtol=1e-6)
+    halves = normalize("test", query.half(), adain_call(torch.float16)[1], None)
+    assert not launch_of(query.half(), *halves, query, query, "interpreter").before

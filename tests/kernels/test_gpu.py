@@ -168,3 +168,15 @@ def test_gradients():
 
     for got, want in zip(grads("triton"), grads("reference"), strict=True):
         assert relative_error(got, want.double()) < 1e-4
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 200.0])
+def test_logits_within_the_bound_and_beyond(spread):
+    segments = (SegmentSpec(600), SegmentSpec(700, affines="kc", logit_bias="float"))
+    spec = CallSpec(2, 2, 300, 128, (BranchSpec(segments),), torch.bfloat16)
+    query, branches, scale = spec.build()
+    query = query * spread
+    out, lse = styleattn.attention(
+        moved(query), moved(branches), softmax_scale=scale, return_lse=True, backend="triton"
+    )
+    assert_within_error_budget(out.cpu(), lse.cpu(), query, branches, scale)

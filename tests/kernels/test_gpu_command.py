@@ -52,14 +52,14 @@ def test_dry_run(tmp_path, capsys):
 def test_stages_share_the_time_and_exist():
     todo = gpu.stages(Path("out"), 9.5)
     assert [s.name for s in todo] == [
-        "build", "tests", "benchmark", "sdxl", "flux", "tuning", "table",
+        "build", "tests", "benchmark", "sdxl", "flux", "tuning", "compiled", "table",
     ]  # fmt: skip
     assert sum(s.seconds for s in todo) <= 60 * 9.5 + 1
     assert all(s.script == "pytest" or (gpu.HERE / s.script).is_file() for s in todo)
     assert set(gpu.SHAPES) <= set(SHAPES)
     from providers import PROVIDERS
 
-    assert set(gpu.PEERS) <= set(PROVIDERS)
+    assert {*gpu.PEERS, *gpu.COMPILED} <= set(PROVIDERS)
 
 
 def test_a_stage_that_takes_too_long_is_ended(tmp_path):

@@ -233,3 +233,18 @@ def test_empty_batches():
     assert rotary_forward(torch.empty(0, 2, 3, 8), None, EPS, None, None, None).shape[0] == 0
     rest = (None, None, None, 1e-5, False, None, None, torch.float32)
     assert group_norm_forward(torch.empty(0, 4, 3), 2, [], *rest).shape == (0, 4, 3)
+
+
+def test_a_compiler_sees_one_graph():
+    """Nothing of the choice between kernel and formula breaks a graph."""
+    x, image = features(generator(), (1, 2, 3, 8)), maps_of((2, 4, 2, 3))
+    rotary, rows = angles(3, 8), [(torch.tensor([0, 0]), torch.tensor(0.5))]
+
+    def both(x, image, backend):
+        y = rms_norm_rotary(x, eps=EPS, rotary=rotary, backend=backend)
+        return y, shared_group_norm(image, 2, rows, backend=backend)
+
+    compiled = torch.compile(both, fullgraph=True, backend="eager")
+    for backend in ("triton", None):
+        for got, want in zip(compiled(x, image, backend), both(x, image, backend), strict=True):
+            assert torch.equal(got, want)

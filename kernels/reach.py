@@ -1,0 +1,56 @@
+"""How far keys reach: the largest norm of a key, per row and head, which bounds every logit.
+
+    |q . k| <= |q| max_j |k_j|
+
+With such a bound the softmax needs no running maximum: see `attention`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .primitives import token_offsets, token_pointer
+
+PARTS = tl.constexpr(16)  # most partial maxima of a row and head
+
+
+class Reach(NamedTuple):
+    """Pointer to [R, H, parts] fp32: the largest squared norm of a run of keys; stride_b 0 where
+    all rows share one."""
+
+    pointer: Any
+    stride_b: Any
+    parts: Any
+
+
+@triton.jit
+def reach_kernel(
+    x, out, H, N, parts, D: tl.constexpr, WIDTH: tl.constexpr, RUN_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out [R, H, parts]: the largest squared norm of each run of tokens. Grid: (parts, heads,
+    rows)."""
+    part = tl.program_id(0)
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, WIDTH)
+    n = tl.arange(0, BLOCK_N)
+    most = tl.zeros([BLOCK_N], tl.float32)
+    end = tl.minimum((part + 1) * RUN_N, N)
+    for start in tl.range(part * RUN_N, end, BLOCK_N):
+        seen = (n < end - start)[:, None] & (d < D)[None, :]
+        at = token_pointer(x, b, h, start) + token_offsets(x, n)[:, None] + d[None, :]
+        values = tl.load(at, mask=seen, other=0.0).to(tl.float32)
+        most = tl.maximum(most, tl.sum(values * values, 1))
+    tl.store(out + (b * H + h) * parts + part, tl.max(most, 0))
+
+
+@triton.jit
+def reach_of(reach, row, h):
+    """The largest norm of a key of (row, h)."""
+    part = tl.arange(0, PARTS)
+    at = reach.pointer + row * reach.stride_b + h * reach.parts + part
+    return tl.sqrt_rn(tl.max(tl.load(at, mask=part < reach.parts, other=0.0), 0))
