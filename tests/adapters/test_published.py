@@ -107,7 +107,7 @@ def test_pulid(give: Read) -> None:
     pulid = adapters.load_pulid("pulid_flux_v0.9.1.safetensors")
     tokens = pulid.tokens(meta(1, 1280), [meta(1, 577, 1024)] * 5)
     assert tokens.shape == (1, 32, 2048)
-    assert pulid.query(19, meta(1, 4096, 3072)).shape == (1, 16, 4096, 128)
+    assert pulid.attention(19).query(meta(1, 4096, 3072)).shape == (1, 16, 4096, 128)
     assert pulid.places()["single_transformer_blocks.36"] == 19
 
 

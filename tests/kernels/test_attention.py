@@ -9,7 +9,7 @@ import pytest
 import strategies
 import torch
 import triton.language as tl
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from oracles import official_style_aligned
 
 import styleattn
@@ -172,7 +172,14 @@ def test_never_above_the_official_half_formulation(dtype):
     assert relative_error(out, want) <= relative_error(official, want)
 
 
+# One query, one key: eager's error in its own order of the channels is luck.
+LUCKY = SegmentSpec(
+    1, "mapped", "kv", logit_scale="float", logit_bias="float", null_keys=16, blend="float"
+)
+
+
 @settings(max_examples=EXAMPLES)
+@example(CallSpec(1, 1, 1, 40, (BranchSpec((LUCKY,)),), seed=3))
 @given(strategies.calls)
 def test_random_combinations(spec):
     spec = replace(spec, batch=min(spec.batch, 2), heads=1, branches=spec.branches[:2])

@@ -63,7 +63,7 @@ def test_stages_share_the_time_and_exist():
 
 
 def test_a_stage_that_takes_too_long_is_ended(tmp_path):
-    slow = gpu.Stage("slow", 0.3, "gpu.py", ("--help",))
+    slow = gpu.Stage("slow", 0.01, "gpu.py", ("--help",))
     assert gpu._process(slow, tmp_path / "log") is None
     with pytest.raises(SystemExit):
         gpu.main(["--stages", "nothing"])
