@@ -156,9 +156,12 @@ def _answered(block: Any, args: Any, kwargs: Any, output: Any) -> bool:
     registry = getattr(block, "_diffusers_hook", None)
     for hook in () if registry is None else registry.hooks.values():
         manager = getattr(hook, "state_manager", None)
-        if manager is None or manager._context is None:
+        if manager is None:
             continue
-        state = manager.get_state()
+        try:
+            state = manager.get_state()
+        except ValueError:  # outside a cache context: nothing is kept
+            continue
         if any(getattr(state, name, True) is False for name in _COMPUTES):
             return True
     given = kwargs.get("hidden_states", args[0] if args else None)

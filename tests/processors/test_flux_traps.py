@@ -406,4 +406,4 @@ def test_attention_backends_are_those_of_the_plain_processors(pipe):
     pipe.transformer.reset_attention_backend()
     from diffusers.models import attention_dispatch as dispatcher
 
-    dispatcher._AttentionBackendRegistry.set_active_backend(dispatcher.AttentionBackendName.NATIVE)
+    dispatcher._AttentionBackendRegistry._active_backend = dispatcher.AttentionBackendName.NATIVE
