@@ -8,7 +8,7 @@ measured, never typed: the yardstick is the specification in fp64, the budget is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from styleattn import reference
-from styleattn._ops import pack, unpack
 from styleattn.branch import Affine, Branch, Segment, normalize
 
 HALF = (torch.float16, torch.bfloat16)
@@ -197,15 +196,21 @@ class _Builder:
         return query, tuple(self.branch(b) for b in self.spec.branches), self.spec.softmax_scale
 
 
+def _changed(node: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A query, a branch or a tuple of them with every tensor changed."""
+    if isinstance(node, Tensor):
+        return change(node)
+    if isinstance(node, tuple):
+        return tuple(_changed(x, change) for x in node)
+    if is_dataclass(node) and not isinstance(node, type):
+        parts = {f.name: _changed(getattr(node, f.name), change) for f in fields(node)}
+        return replace(node, **parts)
+    return node
+
+
 def cast(node: Any, dtype: torch.dtype) -> Any:
     """A query, a branch or a tuple of them with every floating point tensor in another dtype."""
-    if isinstance(node, Tensor):
-        return node.to(dtype) if node.is_floating_point() else node
-    if isinstance(node, tuple):
-        return tuple(cast(x, dtype) for x in node)
-    if is_dataclass(node) and not isinstance(node, type):
-        return replace(node, **{f.name: cast(getattr(node, f.name), dtype) for f in fields(node)})
-    return node
+    return _changed(node, lambda x: x.to(dtype) if x.is_floating_point() else x)
 
 
 def exact(
@@ -286,15 +291,17 @@ def _worst_order(
     query: Tensor, branches: Sequence[Branch], softmax_scale: float | None, orders: int = 8
 ) -> float:
     """The largest relative error of the eager formula over some orders of the channels."""
-    normal, scale = normalize("eager", query, tuple(branches), softmax_scale)
-    tensors, layout, numbers = pack(normal)
-    generator = torch.Generator().manual_seed(0)
+    call, generator = (query, tuple(branches)), torch.Generator().manual_seed(0)
     worst = 0.0
     for _ in range(orders):
         order = torch.randperm(query.shape[-1], generator=generator).to(query.device)
-        moved = [t[..., order].contiguous() if t.ndim > 2 else t for t in tensors]
-        shuffled = query[..., order].contiguous(), unpack(moved, layout, numbers), scale
-        worst = max(worst, relative_error(eager(*shuffled)[0], exact(*shuffled)[0]))
+
+        def moved(x: Tensor, order: Tensor = order) -> Tensor:
+            return x[..., order] if x.ndim > 2 else x
+
+        q, others = _changed(call, moved)
+        out, _ = eager(q, others, softmax_scale)
+        worst = max(worst, relative_error(out, exact(q, others, softmax_scale)[0]))
     return worst
 
 

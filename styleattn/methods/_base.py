@@ -62,6 +62,15 @@ class Rows:
         """For every row, whether it is a reference."""
         return [r in self.references for _ in range(self.chunks) for r in range(self.count)]
 
+    def numbers(self, mine: Number, references: float, device: torch.device) -> Tensor:
+        """[B], or [B, N] of one [N] for every token: a number for ordinary rows, another for
+        reference rows."""
+        value = torch.as_tensor(mine, dtype=torch.float32, device=device)
+        is_reference = torch.tensor(self.is_reference(), device=device)
+        if value.ndim:
+            return torch.where(is_reference[:, None], references, value[None])
+        return torch.where(is_reference, references, value)
+
 
 @dataclass(frozen=True)
 class Features:
@@ -122,9 +131,8 @@ class NormCall:
     backend: str | None = None
 
 
-@runtime_checkable
-class Method(Protocol):
-    """What a host asks of a method on self-attention."""
+class Described(Protocol):
+    """What a host asks of every method: where and when it is at work, and what it refers to."""
 
     name: ClassVar[str]
     NUMBERS: ClassVar[tuple[str, ...]]
@@ -135,6 +143,12 @@ class Method(Protocol):
     def steps(self) -> Steps: ...
     @property
     def references(self) -> tuple[Reference, ...] | None: ...
+
+
+@runtime_checkable
+class Method(Described, Protocol):
+    """What a host asks of a method on self-attention."""
+
     @property
     def shares_norm(self) -> bool: ...
     @property

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from styleattn.branch import Branch
-from styleattn.references import Layers, Reference, Steps
 
-from ._base import Layer, Number
+from ._base import Described, Layer, Number
 from ._cross import ImagePrompt
 
 
@@ -33,18 +32,9 @@ class BlockCall:
 
 
 @runtime_checkable
-class BlockMethod(Protocol):
+class BlockMethod(Described, Protocol):
     """What a host asks of a method that adds to the image tokens behind blocks."""
 
-    name: ClassVar[str]
-    NUMBERS: ClassVar[tuple[str, ...]]
-
-    @property
-    def layers(self) -> Layers: ...
-    @property
-    def steps(self) -> Steps: ...
-    @property
-    def references(self) -> tuple[Reference, ...] | None: ...
     @property
     def adapter(self) -> Any:
         """What makes queries, keys and values, and projects what was read; or its file."""

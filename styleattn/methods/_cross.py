@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from styleattn.branch import Branch, Segment
-from styleattn.references import Layers, Reference, Steps
 
-from ._base import Layer, Number, Rows
+from ._base import Described, Layer, Number, Rows
 
 
 @dataclass(frozen=True)
@@ -103,18 +102,9 @@ class Adapter(Protocol):
 
 
 @runtime_checkable
-class EncoderMethod(Protocol):
+class EncoderMethod(Described, Protocol):
     """What a host asks of a method on cross-attention."""
 
-    name: ClassVar[str]
-    NUMBERS: ClassVar[tuple[str, ...]]
-
-    @property
-    def layers(self) -> Layers: ...
-    @property
-    def steps(self) -> Steps: ...
-    @property
-    def references(self) -> tuple[Reference, ...] | None: ...
     @property
     def adapter(self) -> Any:
         """The adapter that makes tokens and keys of the references, or its file; None for those

@@ -134,11 +134,7 @@ def whole(share: Share) -> bool:
 
 def per_row(call: SelfCall, share: Share, references: float) -> Tensor:
     """[B] or [B, N]: the share for ordinary rows, another number for reference rows."""
-    value = torch.as_tensor(share, dtype=torch.float32, device=call.query.device)
-    mine = torch.tensor(call.rows.is_reference(), device=value.device)
-    if value.ndim:
-        return torch.where(mine[:, None], references, value[None])
-    return torch.where(mine, references, value)
+    return call.rows.numbers(share, references, call.query.device)
 
 
 def attend(

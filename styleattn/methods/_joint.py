@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from torch import Tensor
 from styleattn.attention import attention
 from styleattn.branch import Affine, Branch, Segment
 from styleattn.norms import rms_norm_rotary
-from styleattn.references import Layers, Reference, Steps
+from styleattn.references import Reference
 
-from ._base import Layer, Number, Rows, Settings, log
+from ._base import Described, Layer, Number, Rows, Settings, log
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin [N, D] of every token, the two channels of a pair side by side and alike."""
@@ -166,18 +166,9 @@ class JointCall:
 
 
 @runtime_checkable
-class JointMethod(Protocol):
+class JointMethod(Described, Protocol):
     """What a host asks of a method on joint attention."""
 
-    name: ClassVar[str]
-    NUMBERS: ClassVar[tuple[str, ...]]
-
-    @property
-    def layers(self) -> Layers: ...
-    @property
-    def steps(self) -> Steps: ...
-    @property
-    def references(self) -> tuple[Reference, ...] | None: ...
     def takes(self, layer: Layer) -> bool:
         """Whether the method changes the layer."""
         ...

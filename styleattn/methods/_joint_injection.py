@@ -62,12 +62,7 @@ def share_of(call: JointCall, reference: int) -> Number:
 def per_row(call: JointCall, share: Number, references: float) -> Tensor:
     """[B] or [B, N]: a share of the image's tokens for ordinary rows, another number for reference
     rows."""
-    device = call.tokens["image"].value.device
-    value = torch.as_tensor(share, dtype=torch.float32, device=device)
-    is_reference = torch.tensor(call.rows.is_reference(), device=device)
-    if value.ndim:
-        return torch.where(is_reference[:, None], references, value[None])
-    return torch.where(is_reference, references, value)
+    return call.rows.numbers(share, references, call.tokens["image"].value.device)
 
 
 def kept_query(call: JointCall, image: Part, reference: int, keep: Number) -> Tensor:
