@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .captions import save_tokenizer, save_word_tokenizer
@@ -80,6 +81,15 @@ def flux_pipeline(run: Path, vae: Path, scratch: Path) -> tuple[Any, Record]:
     return pipe, record
 
 
+def _name_text_model(weights: Path) -> None:
+    """Name CLIP's tensors as published checkpoints do, which every transformers reads; transformers
+    5 saves them without the prefix."""
+    tensors = load_file(weights)
+    if not any(name.startswith("text_model.") for name in tensors):
+        tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
+        save_file(tensors, weights, metadata={"format": "pt"})
+
+
 def _name_t5_tokenizer(index: Path) -> None:
     """transformers 5 calls the fast tokenizer T5Tokenizer, a name that is another class before;
     T5TokenizerFast is known to all."""
@@ -102,6 +112,7 @@ def export(run: Path, vae: Path, out: Path, model: str = "tiny-sdxl") -> None:
         shutil.rmtree(fresh, ignore_errors=True)
         pipe.vae.half()
         pipe.save_pretrained(str(fresh), safe_serialization=True)
+    _name_text_model(fresh / "text_encoder" / "model.safetensors")
     save_tokenizer(fresh / "tokenizer")  # vocabulary and merges, which transformers 4 reads
     if flux:
         save_word_tokenizer(fresh / "tokenizer_2")
