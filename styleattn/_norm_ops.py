@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from styleattn.backends import resolve_stats
+from styleattn.backends import resolve_stats, without_autocast
 
 
 def _kernels() -> Any:
@@ -68,7 +68,7 @@ def rotary_op(
 ) -> Tensor:
     """[B, H, N, D] over BLHD memory; `before` and `after` are [] or [scale, shift]."""
     maps = [_pair(*pair) if pair else None for pair in (before, after)]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         if resolve_stats("rms_norm_rotary", x, backend or None) == "triton":
             out: Tensor = _kernels().rotary_forward(
                 x, weight, eps, maps[0], _pair(cos, sin), maps[1]
@@ -195,7 +195,7 @@ def group_norm_op(
 ) -> Tensor:
     """Like x (kept's dtype where given); rows [B] per reference, weights [references] fp32."""
     dtype = x.dtype if kept is None else kept.dtype
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         if resolve_stats("shared_group_norm", _heads(x), backend or None) == "triton":
             out: Tensor = _kernels().group_norm_forward(
                 x, groups, rows, weights, weight, bias, eps, silu, kept, keep, dtype

@@ -10,7 +10,6 @@ and named in the call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -157,7 +156,7 @@ def _compute(
     if query.shape[0] == 0:
         return _blhd(query), _empty_lse(query, len(branches))
     _check_rows(call, branches)
-    with _without_autocast(query.device.type):
+    with backends.without_autocast(query.device.type):
         forward = backends.load(name).attention_forward
         out, lse = forward(query, branches, softmax_scale)
         if exact_lse and backends.rounds_queries(name, query):
@@ -215,7 +214,7 @@ def attention_backward_op(
     from styleattn.gradients import attention_gradients
 
     branches = unpack(tensors, layout, numbers)
-    with _without_autocast(query.device.type):
+    with backends.without_autocast(query.device.type):
         query_grad, grads = attention_gradients(
             grad_out, grad_lse, query, branches, softmax_scale, lse
         )
@@ -300,13 +299,6 @@ def _tensors(branches: Sequence[Branch]) -> list[Tensor]:
     return [x for x in (*values, *parts) if isinstance(x, Tensor)]
 
 
-def _without_autocast(device: str) -> AbstractContextManager[object]:
-    """Autocast off, where it is on."""
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
-
-
 def attention(
     query: Tensor,
     branches: tuple[Branch, ...],
@@ -346,7 +338,7 @@ def token_stats_op(x: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]
 
 def _compute_stats(x: Tensor, eps: float, backend: str | None) -> tuple[Tensor, Tensor]:
     module = backends.load_stats(backends.resolve_stats("token_stats", x, backend))
-    with _without_autocast(x.device.type):
+    with backends.without_autocast(x.device.type):
         found: tuple[Tensor, Tensor] = module.token_stats_forward(x, eps)
         return found
 

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -91,6 +92,13 @@ def reasons_against(name: str, query: Tensor, branches: tuple[Branch, ...]) -> l
     """Every reason why the named backend cannot run the call."""
     missing = _missing(name)
     return [missing] if missing else load(name).unsupported_reasons(query, branches)
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """How backends run: autocast off, where it is on."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def rounds_queries(name: str, query: Tensor) -> bool:

@@ -14,46 +14,30 @@ from styleattn.inversion.flow_host import image_ids, packed
 from styleattn.references import StyleBank
 
 from ._caller import Caller
+from ._rows import BankRows
 
 RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
 _NEAR = 0.5
 """How far a run's noise level may be from the bank's, of 1000."""
 
 
-class FluxRowMaker:
+class FluxRowMaker(BankRows):
     """Adds a bank's references as the first rows of a FLUX call, and takes them out again.
 
     They are told their own prompts (in the unconditional call of true CFG the bank's negative one)
     and, with the other rows, the call's guidance scale. Adapters that diffusers has loaded show
     them no picture: zeros for its embeddings.
-
-    Args:
-        bank: the references.
-        control_reference: whether a ControlNet acts on them (with the first image's residuals).
     """
 
     def __init__(self, bank: StyleBank, control_reference: bool):
-        self.bank = bank
-        self.control_reference = control_reference
-        self.count = len(bank.references)
+        super().__init__(bank, control_reference)
         inputs = bank.inputs
-        self._latents = packed(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
-        self._placed: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        # packed, [R, N, S, 4C]
+        self._inputs = packed(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
         self._passed: list[Any] = [None, None]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_placed": {}, "_passed": [None, None]}
-
-    def _place(self, name: str, like: Tensor) -> Tensor:
-        """A tensor of the bank where, and in the type in which, the call needs it; latents packed,
-        [R, N, S, 4C]."""
-        source = self._latents if name == "inputs" else self.bank.conditions[name]
-        if torch.compiler.is_compiling():
-            return source.to(like.device, like.dtype)
-        key = (name, like.device, like.dtype)
-        if key not in self._placed:
-            self._placed[key] = source.to(like.device, like.dtype)
-        return self._placed[key]
 
     def add(self, inputs: Mapping[str, Any], caller: Caller, level: Any) -> dict[str, Any]:
         """The arguments of the call with reference rows.

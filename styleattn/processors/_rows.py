@@ -55,8 +55,8 @@ def references_in_rows(method: Any, bank: Any) -> tuple[Reference, ...]:
     return own or bank.references
 
 
-class RowMaker:
-    """Adds a bank's references as the first rows of every chunk of a UNet call.
+class BankRows:
+    """The references of a bank as rows of a call, and its tensors where the call needs them.
 
     Args:
         bank: the references.
@@ -67,17 +67,22 @@ class RowMaker:
         self.bank = bank
         self.control_reference = control_reference
         self.count = len(bank.references)
+        self._inputs = bank.inputs
         self._placed: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def _place(self, name: str, like: Tensor) -> Tensor:
         """A tensor of the bank where, and in the type in which, the call needs it."""
-        source = self.bank.inputs if name == "inputs" else self.bank.conditions[name]
+        source = self._inputs if name == "inputs" else self.bank.conditions[name]
         if torch.compiler.is_compiling():
             return source.to(like.device, like.dtype)
         key = (name, like.device, like.dtype)
         if key not in self._placed:
             self._placed[key] = source.to(like.device, like.dtype)
         return self._placed[key]
+
+
+class RowMaker(BankRows):
+    """Adds a bank's references as the first rows of every chunk of a UNet call."""
 
     def add(self, inputs: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
         """The arguments of the call with reference rows.
