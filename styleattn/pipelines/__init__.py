@@ -11,6 +11,7 @@ _HOMES = {
     "folder": ("run_folder",),
     "models": ("ModelRefused", "hushed", "load_model", "use_ddim"),
     "multidiffusion": ("Panorama", "panorama"),
+    "pictures": ("styled_pictures",),
     "recipes": ("FLUX_RECIPES", "RECIPES", "Recipe"),
     "sampling": ("Sampling", "generate"),
     "sheet": ("Cell", "contact_sheet"),

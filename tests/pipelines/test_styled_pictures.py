@@ -1,0 +1,72 @@
+"""A whole recipe from Python gives what the command line gives."""
+
+from __future__ import annotations
+
+from math import log
+
+import image_prompts as images
+import pytest
+import random_flux
+from PIL import Image
+
+from styleattn import cli
+from styleattn.methods import AlignedGen, StyleAligned, StyleID
+from styleattn.pipelines import Sampling, load_model, styled_pictures
+
+
+@pytest.fixture(scope="module")
+def place(hosts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    hosts.sd().save_pretrained(folder / "sd")
+    random_flux.flux().save_pretrained(folder / "flux")
+    for i in (0, 1):
+        images.picture(i, (32, 32)).save(folder / f"{i}.png")
+    (folder / "prompts.txt").write_text("a cat\na house\n")
+    return folder
+
+
+CASES = [
+    ("sd", StyleID(), False, 1.0),
+    ("sd", StyleAligned(shared_score_shift=log(2)), True, 10.0),
+    ("flux", AlignedGen(), True, 3.5),
+]
+
+
+@pytest.mark.parametrize(("model", "method", "prompted", "guidance"), CASES)
+def test_same_pictures_as_the_command_line(place, tmp_path, model, method, prompted, guidance):
+    content, reference = str(place / "0.png"), place / "1.png"
+    argv = [
+        "stylize",
+        "--model",
+        str(place / model),
+        "--method",
+        method.name,
+        "--out",
+        str(tmp_path),
+    ]
+    argv += ["--prompts", str(place / "prompts.txt")] if prompted else ["--content", content]
+    argv += ["--reference", str(reference), "--steps", "6", "--height", "16", "--width", "16"]
+    assert cli.main([*argv, "--device", "cpu", "--seed", "3"]) == 0
+    expected = [Image.open(path).convert("RGB") for path in sorted(tmp_path.glob("0*.png"))]
+    found = styled_pictures(
+        load_model(str(place / model), device="cpu"),
+        method,
+        ["a cat", "a house"] if prompted else "",
+        reference=reference,
+        content=() if prompted else content,
+        sampling=Sampling(6, guidance, height=16, width=16),
+        seed=3,
+    )
+    assert len(found) == len(expected) == (2 if prompted else 1)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.tobytes() == theirs.tobytes()
+
+
+def test_what_is_missing_is_said_before_work(place, hosts):
+    pipe = hosts.sd()
+    with pytest.raises(ValueError, match="content picture"):
+        styled_pictures(pipe, StyleID(), reference=place / "1.png")
+    with pytest.raises(ValueError, match="no reference"):
+        styled_pictures(pipe, StyleID(), content=place / "1.png")
+    with pytest.raises(ValueError, match="no recipe"):
+        styled_pictures(pipe, AlignedGen(), "a cat", reference=place / "1.png")
