@@ -13,6 +13,7 @@ from styleattn.inversion.flow_host import MAX_TOKENS, check_flow_host, flow_leve
 from styleattn.references import Reference
 
 from ._flux_controller import reads_rows
+from ._flux_network import network_facts
 from .flux import joint_attention_layers
 
 STEPS, PICTURE_GUIDANCE, SAMPLE_GUIDANCE = 28, 1.0, 3.5
@@ -97,6 +98,10 @@ class FluxPictures:
             "text_embeds": told.pooled,
             "negative_text_embeds": told.negative_pooled,
         }
+
+    def facts(self) -> dict[str, Any]:
+        """What tells the model from others."""
+        return {"network": network_facts(self.model)}
 
     def offset(self, trajectories: Sequence[Trajectory]) -> int:
         """Every step sees its own noise level."""

@@ -112,6 +112,7 @@ def build_bank(
         "guidance_scale": [t.guidance_scale for t in trajectories],
         "negative_prompt": negative_prompt,
         "dtype": str(host.model.dtype),
+        **host.facts(),
     }
     latents = torch.stack([t.latents for t in trajectories])
     bank = StyleBank(latents, first.timesteps, conditions, kept, offset, "", facts)
@@ -197,6 +198,10 @@ class UNetPictures:
             ids = time_ids(self.pipe, trajectory.height, trajectory.width)
             found["time_ids"] = ids.expand(len(told.embeds), -1)
         return found
+
+    def facts(self) -> dict[str, Any]:
+        """Nothing more than any model's fingerprint."""
+        return {}
 
     def offset(self, trajectories: Sequence[Trajectory]) -> int:
         """As StyleAligned transfers, where all are pictures inverted with the paper's labels."""

@@ -26,6 +26,7 @@ from ._flux_attention import OURS, REPLACEABLE, FluxStyleProcessor, JointSite
 from ._flux_blocks import block_places, with_identity
 from ._flux_context import PictureController, picture_method, pictures_of
 from ._flux_controller import FluxController, reads_rows
+from ._flux_network import against_network
 from ._flux_panels import check_panels
 from ._flux_prompts import flux_prompts_of
 from ._layers import layer_weights
@@ -202,6 +203,7 @@ def _check_bank(model: FluxTransformer2DModel, bank: StyleBank, methods: Sequenc
             reasons.append(f"it lacks {name} or negative_{name}, which this model needs")
         elif told.shape[-1] != known:
             reasons.append(f"its {name} are {told.shape[-1]} wide, the model's {known}")
+    reasons += against_network(model, bank.metadata.get("network") or {}) if not reasons else []
     if reasons:
         raise ValueError("the bank was made for another model: " + "; ".join(reasons))
     if not any(map(reads_rows, methods)):

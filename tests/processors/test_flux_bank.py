@@ -11,6 +11,7 @@ import pytest
 import random_flux
 import random_pipelines
 import torch
+from peft import LoraConfig
 from random_flux import relative
 from torch._dynamo.testing import CompileCounter
 
@@ -325,6 +326,34 @@ def test_banks_of_other_models_are_refused_whole(pipe, bank, trajectories):
     with pytest.raises(ValueError, match="made for another model"):
         apply(unet, StyleAligned(), bank=bank)
     assert random_flux.processors(pipe) == before
+
+
+def test_it_knows_the_model_it_was_made_with(bank, tmp_path):
+    """Another model of the same widths is refused; the same one in other clothes is not."""
+    bank.save(tmp_path / "bank.safetensors")
+    read = StyleBank.load(tmp_path / "bank.safetensors")
+    tuned = random_flux.flux()
+    with torch.no_grad():
+        tuned.transformer.transformer_blocks[1].attn.norm_k.weight.mul_(1.1)
+    others = {
+        "guidance_embeds True, this model has False": random_flux.flux(guidance_embeds=False),
+        "num_layers 2, this model has 1": random_flux.flux(num_layers=1),
+        "other weights": tuned,
+    }
+    for words, other in others.items():
+        before = random_flux.processors(other)
+        with pytest.raises(ValueError, match=f"for another model: it was made .*{words}"):
+            apply(other, StyleAligned(), bank=read)
+        assert random_flux.processors(other) == before
+    same = random_flux.flux()
+    config = LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "x_embedder"])
+    same.transformer.add_adapter(config)
+    same.transformer.fuse_qkv_projections()
+    same.transformer.to(torch.bfloat16)
+    apply(same, StyleAligned(), bank=read).remove()
+    offloaded = random_flux.flux()
+    offloaded.transformer.to("meta")
+    apply(offloaded, StyleAligned(), bank=read).remove()
 
 
 def test_what_cannot_be_built(pipe, trajectories):
