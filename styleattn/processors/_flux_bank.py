@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from styleattn.inversion import Trajectory, flow_invert, flow_sample
+from styleattn.inversion import Trajectory, fingerprint, flow_invert, flow_sample
 from styleattn.inversion.flow_host import MAX_TOKENS, check_flow_host, flow_levels, flow_prompts
 from styleattn.references import Reference
 
@@ -101,7 +101,7 @@ class FluxPictures:
 
     def facts(self) -> dict[str, Any]:
         """What tells the model from others."""
-        return {"network": network_facts(self.model)}
+        return {"model": fingerprint(self.model), "network": network_facts(self.model)}
 
     def offset(self, trajectories: Sequence[Trajectory]) -> int:
         """Every step sees its own noise level."""

@@ -104,7 +104,6 @@ def build_bank(
     )
     facts = {
         "method": method.to_dict(),
-        "model": fingerprint(host.model),
         "scheduler": type(pipe.scheduler).__name__,
         "height": first.height,
         "width": first.width,
@@ -200,8 +199,8 @@ class UNetPictures:
         return found
 
     def facts(self) -> dict[str, Any]:
-        """Nothing more than any model's fingerprint."""
-        return {}
+        """What tells the model from others."""
+        return {"model": fingerprint(self.model)}
 
     def offset(self, trajectories: Sequence[Trajectory]) -> int:
         """As StyleAligned transfers, where all are pictures inverted with the paper's labels."""
