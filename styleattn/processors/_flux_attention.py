@@ -24,7 +24,7 @@ from styleattn.norms import fused
 
 from ._attention import STATE, watched
 from ._cross import Entry, SharesLoaded
-from ._flux_prompts import added_images, loaded_weight
+from ._flux_prompts import added_images, loaded_weight, not_sharded
 from ._norms import rms_parameters
 from .dispatch import per_key
 
@@ -322,6 +322,7 @@ def image_prompts(
             continue
         key = _heads(attn, processor.to_k_ip[n](image).flatten(1, -2)).to(query.dtype)
         value = _heads(attn, processor.to_v_ip[n](image).flatten(1, -2)).to(query.dtype)
+        not_sharded(site, key, query)
         weight: Number = scale * factor
         if mask is not None:
             share = site.controller.share(mask, query.device)

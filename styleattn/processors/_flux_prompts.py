@@ -31,6 +31,11 @@ INSIDE = {"flux-xlabs": False, "flux-instantx": True}
 """By the make of an adapter: whether it adds to the attention before the output projection (of all
 tokens in single blocks), or to the image after the double block's MLP."""
 
+_SHARDED = (
+    "image prompts do not go with tensor parallelism, which splits a layer's heads over devices"
+    " (what they add is not split); use one device a model, or Redux, whose pictures are tokens"
+)
+
 
 def flux_prompts_of(
     method: Any, references: Sequence[Reference], model: Any, pipe: Any, layers: Mapping[str, Any]
@@ -56,6 +61,9 @@ def flux_prompts_of(
         raise ValueError(
             f"{method.name}: on FLUX adapters are {' or '.join(INSIDE)}, this one is {kind!r}"
         )
+    parallel = getattr(model, "_parallel_config", None)
+    if getattr(parallel, "tensor_parallel_config", None) is not None:
+        raise ValueError(f"{method.name}: {_SHARDED}")
     return prompts_of(replace(method, adapter=adapter), references, {}, pipe)
 
 
@@ -133,6 +141,19 @@ def _calls(
             )
 
 
+def not_sharded(site: JointSite, key: Tensor, query: Tensor) -> None:
+    """Refuse images at a layer that has some of its heads only.
+
+    Raises:
+        RuntimeError: it has.
+    """
+    if key.shape[1] != query.shape[1]:
+        raise RuntimeError(
+            f"{site.layer.name}: {key.shape[1]} heads of an image for {query.shape[1]} of its own;"
+            f" {_SHARDED}"
+        )
+
+
 def _key_value(site: JointSite, prompt: Prompt, like: Tensor) -> tuple[Tensor, Tensor]:
     """[2, H, M, D]: keys and values of an image without and with its content, made once."""
     key = (id(prompt), like.device, like.dtype)
@@ -140,6 +161,7 @@ def _key_value(site: JointSite, prompt: Prompt, like: Tensor) -> tuple[Tensor, T
         with torch.no_grad():
             pair = prompt.adapter.key_value(site.layer.name, prompt.tokens)
         made = [t.to(like).unflatten(-1, (-1, like.shape[-1])).transpose(1, 2) for t in pair]
+        not_sharded(site, made[0], like)
         if torch.compiler.is_compiling():
             return made[0], made[1]
         site.kept[key] = (*made, prompt)

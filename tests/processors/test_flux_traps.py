@@ -4,6 +4,7 @@ offload, sharded heads, backends."""
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import random_flux
@@ -383,6 +384,32 @@ def test_heads_that_are_sharded(pipe):
     hook.remove()
     for i in (0, 1):
         assert relative(seen[1][i] + seen[2][i], seen[0][i]) <= 1e-5
+
+
+def halved(attn):
+    """One of two ranks: half the heads of every projection."""
+    for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
+        m = getattr(attn, name)
+        m.weight.data, m.bias.data = m.weight.data[:16], m.bias.data[:16]
+    for m in (attn.to_out[0], attn.to_add_out):
+        m.weight.data = m.weight.data[:, :16]
+
+
+def test_image_prompts_on_sharded_heads_are_refused(pipe, xlabs):
+    """What they add is not split: said at once where diffusers tells, else at the first layer."""
+    before = processors(pipe)
+    pipe.transformer._parallel_config = SimpleNamespace(tensor_parallel_config=object())
+    with pytest.raises(ValueError, match="do not go with tensor parallelism"):
+        apply(pipe, shown(xlabs))
+    assert processors(pipe) == before
+    pipe.transformer._parallel_config = None
+    halved(pipe.transformer.transformer_blocks[0].attn)
+    words = r"blocks.0.attn: 2 heads of an image for 1 .* tensor parallelism"
+    with apply(pipe, shown(xlabs)), pytest.raises(RuntimeError, match=words):
+        run(pipe)
+    load_ip_adapter(pipe)
+    with apply(pipe, STYLE), pytest.raises(RuntimeError, match=words):
+        run(pipe, **EMBEDS, **NEGATIVE)
 
 
 def test_context_parallelism_is_refused_while_a_style_is_at_work(pipe):
