@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 
-import checkpoints
-import numpy as np
 import pytest
 import random_flux
 import torch
-from PIL import Image
-from safetensors.torch import save_file
+from flux_folder import PROMPTS, command, furnish, loaded, opened, other, same, stylize
 
 from styleattn import cli
 from styleattn.methods import (
@@ -23,69 +20,21 @@ from styleattn.methods import (
     StyleID,
     VisualStylePrompting,
 )
-from styleattn.pipelines import load_model
 from styleattn.processors import apply
 from styleattn.processors.bank import build_bank
 from styleattn.references import Reference
 
 torch.set_num_threads(1)
-PROMPTS = ["a cat", "a house on a hill"]
-LORA = [
-    f"{block}.{i}.attn.to_{part}"
-    for block in ("transformer_blocks", "single_transformer_blocks")
-    for i in range(2)
-    for part in "qkv"
-]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model, encoders, adapters, a LoRA, a word, pictures and prompts."""
-    folder = tmp_path_factory.mktemp("flux")
-    random_flux.flux().save_pretrained(folder / "model")
-    random_flux.siglip().save_pretrained(folder / "siglip")
-    random_flux.clip_vision().save_pretrained(folder / "clip")
-    shapes = {"redux_up.weight": (48, 32), "redux_up.bias": (48,)}
-    shapes |= {"redux_down.weight": (32, 48), "redux_down.bias": (32,)}
-    loud = {n: 8 * t for n, t in checkpoints.noise(shapes).items()}
-    save_file(loud, folder / "redux.safetensors")
-    layouts = {"xlabs": checkpoints.xlabs(2, 32, 32, 32, 4)}
-    layouts["instantx"] = checkpoints.instantx(4, 32, 32, 32, 5)
-    for name, layout in layouts.items():
-        save_file(checkpoints.noise(layout), folder / f"{name}.safetensors")
-    lora = {f"transformer.{n}.lora_{x}.weight": torch.randn(4, 32) for n in LORA for x in "AB"}
-    lora = {n: t.T.contiguous() if "lora_B" in n else t for n, t in lora.items()}
-    save_file(lora, folder / "lora.safetensors")
-    save_file({"clip_l": torch.randn(2, 32), "t5": torch.randn(2, 32)}, folder / "word.safetensors")
-    for i, name in enumerate(("a", "b")):
-        pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{name}.png")
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    return folder
+    return furnish(tmp_path_factory.mktemp("flux"))
 
 
 @pytest.fixture(scope="module")
 def pipe(place):
-    pipe = load_model(str(place / "model"), device="cpu")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def command(place, out, method, *more):
-    argv = ["stylize", "--model", str(place / "model"), "--method", method, "--out", str(out)]
-    argv += ["--prompts", str(place / "prompts.txt"), "--device", "cpu"]
-    return [*argv, "--steps", "2", "--height", "16", "--width", "16", *map(str, more)]
-
-
-def stylize(place, out, method, *more):
-    """The pictures [n, 16, 16, 3]."""
-    assert cli.main(command(place, out, method, *more)) == 0
-    return opened(sorted(out.glob("0*.png")))
-
-
-def opened(pictures):
-    found = [Image.open(p) if not isinstance(p, Image.Image) else p for p in pictures]
-    return np.stack([np.asarray(p.convert("RGB"), float) for p in found])
+    return loaded(place)
 
 
 def drawn(pipe, prompts=PROMPTS, seeds=(0, 1), guidance=3.5, **arguments):
@@ -93,14 +42,6 @@ def drawn(pipe, prompts=PROMPTS, seeds=(0, 1), guidance=3.5, **arguments):
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     size = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": guidance}
     return opened(pipe(list(prompts), generator=generators, **size, **arguments).images)
-
-
-def same(a, b):
-    return np.abs(a - b).max() <= 1
-
-
-def other(a, b):
-    return all(np.abs(x - y).max() > 1 for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("method", [StyleAligned, AlignedGen], ids=lambda m: m.name)
@@ -218,8 +159,7 @@ def test_a_lora(place, tmp_path):
     settings = json.loads((out / "manifest.json").read_text())["settings"]
     (fact,) = settings["loras"]
     assert (fact["file"], fact["weight"]) == (str(lora), 0.7) and len(fact["sha256"]) == 64
-    fresh = load_model(str(place / "model"), device="cpu")
-    fresh.set_progress_bar_config(disable=True)
+    fresh = loaded(place)
     fresh.load_lora_weights(str(place), weight_name=lora.name, adapter_name="one")
     fresh.set_adapters(["one"], [0.7])
     with apply(fresh, StyleAligned()):
