@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 
-import checkpoints
 import numpy as np
 import pytest
-import random_flux
 import torch
+from flux_folder import furnish, loaded
 from PIL import Image
-from safetensors.torch import save_file
 
 from styleattn import cli
 from styleattn.methods import FillDiptych, Redux
-from styleattn.pipelines import Sampling, fill_canvas, fill_diptych, load_model
+from styleattn.pipelines import Sampling, fill_canvas, fill_diptych
 from styleattn.references import Reference
 
 torch.set_num_threads(1)
@@ -23,33 +21,22 @@ SHORT = Sampling(num_inference_steps=2, guidance_scale=30.0)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model that fills, one that does not, Redux and its encoder, pictures, masks, prompts."""
-    folder = tmp_path_factory.mktemp("fill")
-    random_flux.fill().save_pretrained(folder / "model")
-    random_flux.flux().save_pretrained(folder / "dev")
-    random_flux.siglip().save_pretrained(folder / "siglip")
-    shapes = {"redux_up.weight": (48, 32), "redux_up.bias": (48,)}
-    shapes |= {"redux_down.weight": (32, 48), "redux_down.bias": (32,)}
-    loud = {n: 8 * t for n, t in checkpoints.noise(shapes).items()}
-    save_file(loud, folder / "redux.safetensors")
-    for i, (name, size) in enumerate({"style": (16, 16), "room": (12, 8), "hall": (12, 8)}.items()):
-        pixels = np.random.default_rng(i).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{name}.png")
-    mask = Image.new("L", (12, 8), 0)
-    mask.save(folder / "black.png")
+    """The furnished folder, another content, masks and prompts of its own."""
+    folder = furnish(tmp_path_factory.mktemp("fill"))
+    pixels = np.random.default_rng(2).integers(0, 255, (8, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "hall.png")
+    Image.new("L", (12, 8), 0).save(folder / "black.png")
     Image.new("L", (6, 8), 255).save(folder / "small.png")
-    mask.paste(255, (4, 2, 10, 6))
-    mask.save(folder / "mask.png")
     (folder / "prompts.txt").write_text("a lamp\na chair\n")
     return folder
 
 
 @pytest.fixture(scope="module")
 def pipe(place):
-    return load_model(str(place / "model"), device="cpu")
+    return loaded(place, "fill")
 
 
-def command(place, out, *more, model="model"):
+def command(place, out, *more, model="fill"):
     argv = ["stylize", "--model", str(place / model), "--method", "fill_diptych"]
     argv += ["--content", place / "room.png", "--reference", place / "style.png", "--out", out]
     argv += ["--device", "cpu", "--steps", "2", "--height", "8", "--width", "12", *more]
@@ -146,7 +133,7 @@ def test_models_and_methods_that_do_not_go_together(place, tmp_path, capsys):
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
-    argv = command(place, tmp_path / "out", model="dev")
+    argv = command(place, tmp_path / "out", model="model")
     refused(argv, "draws with a FluxFillPipeline, not a FluxPipeline")
     argv = command(place, tmp_path / "out", "--mask", str(place / "mask.png"))
     argv[argv.index("fill_diptych")] = "redux"
@@ -164,10 +151,10 @@ def test_doctor_and_explain(place, capsys, monkeypatch):
     from styleattn.pipelines import doctor
 
     monkeypatch.setattr(doctor, "_EXAMINERS", ())
-    assert cli.main(["doctor", "--model", str(place / "model")]) == 0
+    assert cli.main(["doctor", "--model", str(place / "fill")]) == 0
     assert "stylize has fill_diptych\n" in capsys.readouterr().out
     argv = ["explain", "--device", "cpu", "--method", "fill_diptych", "--set", "b_to_a=2"]
-    assert cli.main([*argv, "--model", str(place / "model")]) == 0
+    assert cli.main([*argv, "--model", str(place / "fill")]) == 0
     assert "single_transformer_blocks.1.attn" in capsys.readouterr().out
-    assert cli.main([*argv, "--model", str(place / "dev")]) == 2
+    assert cli.main([*argv, "--model", str(place / "model")]) == 2
     assert "needs FLUX.1 Fill: a FluxPipeline takes no masks" in capsys.readouterr().err
