@@ -153,6 +153,16 @@ def fill() -> Any:
     return pipe
 
 
+def kontext(of: Any = None) -> Any:
+    """FLUX.1 Kontext, with the parts of a pipeline or its own."""
+    from diffusers import FluxKontextPipeline
+
+    given = parts() if of is None else {name: of.components[name] for name in parts()}
+    pipe = FluxKontextPipeline(**given)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 PROMPTS = ("a toy train", "a cat", "a house on a hill")
 
 
@@ -172,6 +182,23 @@ def run(
         num_inference_steps=steps,
         output_type="latent",
         **arguments,
+    ).images
+
+
+def paint(pipe: Any, prompts: Any = PROMPTS, *, steps: int = 3) -> Any:
+    """A call of a pipeline that fills, latents out; the right half of the picture is painted."""
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (8, 0, 16, 16))
+    return pipe(
+        list(prompts),
+        image=PICTURE.resize((16, 16)),
+        mask_image=mask,
+        height=16,
+        width=16,
+        max_sequence_length=16,
+        num_inference_steps=steps,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
     ).images
 
 

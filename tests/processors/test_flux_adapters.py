@@ -225,33 +225,54 @@ def test_both_makes_with_everything_else(pipe, xlabs, instantx):
 
 
 def test_fill_which_has_no_adapters_of_its_own(xlabs):
-    from PIL import Image
-
     fill = random_flux.fill()
-    picture = Image.effect_noise((16, 16), 60).convert("RGB")
     adapter = load_flux_ip_adapter(
         xlabs,
         [(n, 32, 32) for n in joint_attention_layers(fill.transformer)],
         head_dim=16,
     )
+    plain = random_flux.paint(fill)
+    with apply(fill, IPAdapter(adapter=adapter, references=shown())):
+        assert relative(random_flux.paint(fill), plain) > 1e-3
+    assert torch.equal(random_flux.paint(fill), plain)
 
-    def go():
-        return fill(
-            list(PROMPTS),
-            image=picture,
-            mask_image=Image.new("L", (16, 16), 255),
+
+def test_kontext_whose_picture_sees_them_too(xlabs):
+    """What diffusers makes of the adapter that it loads; a mask keeps them from the picture."""
+    pipe = random_flux.kontext()
+
+    def go(**arguments):
+        return pipe(
+            image=random_flux.PICTURE.resize((16, 16)),
+            prompt=list(PROMPTS),
             height=16,
             width=16,
+            max_area=256,
+            _auto_resize=False,
             max_sequence_length=16,
             num_inference_steps=2,
             output_type="latent",
             generator=torch.Generator().manual_seed(0),
+            **arguments,
         ).images
 
+    adapter = load_flux_ip_adapter(
+        xlabs, [(n, 32, 32) for n in joint_attention_layers(pipe.transformer)], head_dim=16
+    )
     plain = go()
-    with apply(fill, IPAdapter(adapter=adapter, references=shown())):
-        assert relative(go(), plain) > 1e-3
+    with apply(pipe, IPAdapter(adapter=adapter, references=shown())):
+        found = go()
+    assert relative(found, plain) > 1e-3
+    whole = shown(mask=torch.ones(4, 4))
+    with apply(pipe, IPAdapter(adapter=adapter, references=whole)):
+        assert relative(go(), found) > 1e-4
     assert torch.equal(go(), plain)
+    random_flux.load_ip_adapter(pipe)
+    none = [torch.zeros(1, 1, 32)]
+    theirs = go(ip_adapter_image_embeds=[EACH[:1]], negative_ip_adapter_image_embeds=none)
+    pipe.unload_ip_adapter()
+    with apply(pipe, IPAdapter(adapter=adapter, references=shown())):
+        assert relative(go(), theirs) <= 1e-5
 
 
 def test_what_does_not_fit_is_refused_whole(pipe, xlabs):

@@ -96,10 +96,7 @@ def table(lengths, image=1.0, text=1.0, sees_image=1.0, sees_text=1.0, weights=N
 
 
 def kontext(pipe, **arguments):
-    from diffusers import FluxKontextPipeline
-
-    made = FluxKontextPipeline(**{k: pipe.components[k] for k in random_flux.parts()})
-    made.set_progress_bar_config(disable=True)
+    made = random_flux.kontext(pipe)
     sizes = {"height": 16, "width": 16, "_auto_resize": False, "max_area": 256}
     picture = Image.effect_noise((16, 16), 60).convert("RGB")
     return (
