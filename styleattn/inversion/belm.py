@@ -52,7 +52,8 @@ def belm_invert(
     """Invert a picture exactly: :func:`belm_sample` gives its latents back, up to rounding.
 
     The first step is DDIM's; one evaluation of the network a step. The state is the pair of the two
-    noisiest latents. Arithmetic in fp64, latents kept in fp32.
+    noisiest latents. On the way they are kept in fp64: where a step is longer than the one before
+    it, a leap multiplies what was rounded. The trajectory has them in fp32.
 
     Args:
         pipe, picture, prompt, num_inference_steps, guidance_scale, height, width, round_trip,
@@ -78,14 +79,14 @@ def belm_invert(
 
     def advance(found: list[Tensor]) -> Tensor:
         i = len(found)
-        eps = epsilon(found[-1].to(device_of(pipe)), labels[i - 1]).cpu().double()
+        eps = epsilon(found[-1].float().to(device_of(pipe)), labels[i - 1]).cpu().double()
         if i == 1 or levels[i - 1] == levels[i - 2]:
-            return ddim.move(found[-1].double(), eps, levels[i - 1], levels[i]).float()
+            return ddim.move(found[-1], eps, levels[i - 1], levels[i])
         return leap(found[-2], found[-1], eps, levels[i - 2 : i + 1])
 
-    found = walk(clean, len(timesteps), advance, keeper, callback, len(timesteps))
+    found = walk(clean.double(), len(timesteps), advance, keeper, callback, len(timesteps))
     trajectory = as_trajectory(
-        found[::-1],
+        [x.float() for x in reversed(found)],
         timesteps,
         schedule,
         prompt,
@@ -120,11 +121,11 @@ def belm_sample(pipe: Any, trajectory: Trajectory) -> Tensor:
     prompts = encode_prompts(pipe, [trajectory.prompt])
     size = (trajectory.height, trajectory.width)
     epsilon = noise_function(pipe, prompts, trajectory.guidance_scale, *size)
-    noisier, here = trajectory.latents[:1], trajectory.latents[1:2]
+    noisier, here = trajectory.latents[:1].double(), trajectory.latents[1:2].double()
     for i in range(1, len(timesteps)):
-        eps = epsilon(here.to(device_of(pipe)), timesteps[i]).cpu().double()
+        eps = epsilon(here.float().to(device_of(pipe)), timesteps[i]).cpu().double()
         noisier, here = here, leap(noisier, here, eps, levels[i - 1 : i + 2])
-    return here
+    return here.float()
 
 
 def leap(first: Tensor, middle: Tensor, epsilon: Tensor, levels: list[float]) -> Tensor:
@@ -135,11 +136,11 @@ def leap(first: Tensor, middle: Tensor, epsilon: Tensor, levels: list[float]) ->
         levels: alpha of three neighbouring levels, ascending or descending; the first two differ.
 
     Returns:
-        fp32; computed in fp64.
+        fp64, as it is computed.
     """
     s = [((1 - a) / a) ** 0.5 for a in levels]
     back, on = s[1] - s[0], s[2] - s[1]
     y0, y1 = first.double() / levels[0] ** 0.5, middle.double() / levels[1] ** 0.5
     share = (on / back) ** 2
     y2 = share * y0 + (1 - share) * y1 + on * (1 + on / back) * epsilon
-    return (levels[2] ** 0.5 * y2).float()
+    return levels[2] ** 0.5 * y2

@@ -4,11 +4,13 @@ Nothing is downloaded: each test wants a checkout of the official repository, na
 environment variable, and is skipped without it.
 
     OFFICIAL_IP_ADAPTER=... OFFICIAL_CSGO=... OFFICIAL_PULID=... OFFICIAL_DEADIFF=... \\
+        OFFICIAL_RB_MODULATION=... \\
         python -m pytest tests/external/test_cross_attention.py -s
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -33,6 +35,7 @@ from styleattn.methods import (
     IPAdapter,
     Layer,
     PuLIDSDXL,
+    RBModulation,
     Rows,
 )
 from styleattn.references import Reference
@@ -165,3 +168,39 @@ def test_deadiff(weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = prompt(0, theirs.i_to_k, theirs.i_to_v, image)
     method = DEADiff(img_weight=weight, references=SEEN)
     close(ours(method, theirs, x, text, seen), expected)
+
+
+@pytest.mark.parametrize("content", [False, True], ids=["style", "content and style"])
+def test_rb_modulation(content: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers have biases, and four tokens of a pooled text before those of the style, which the
+    set of the style alone leaves out: here they are all there is of the text."""
+    for name in ("CSD", "CSD.model", "CSD.utils", "modules", "modules.common", "train"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    for name, *inside in (
+        ("CSD.model", "CSD_CLIP"),
+        ("CSD.utils", "convert_state_dict"),
+        ("modules.common", "LayerNorm2d", "Linear"),
+        ("train", "WurstCoreC"),
+    ):
+        for thing in inside:
+            monkeypatch.setattr(
+                sys.modules[name], thing, type("T", (), {"Models": 0, "Extras": 0}), raising=False
+            )
+    official = processors("OFFICIAL_RB_MODULATION", name="utils.py")
+    theirs = official.Attention2D(WIDTH, HEADS).eval()
+    theirs.attn.in_proj_bias.normal_()
+    x = torch.randn(ROWS, TOKENS, WIDTH) + 2 * torch.randn(ROWS, 1, WIDTH)
+    text = torch.randn(ROWS, TEXT if content else 4, WIDTH)
+    picture, style = torch.randn(2, ROWS, 4, WIDTH)
+    tokens = [text, picture, style] if content else [text, style]
+    asked = {"img_style": True} if content else {"style": True}
+    seen = torch.cat(tokens, dim=1).clone()  # it writes into what it is given
+    expected = theirs(x.mT.unflatten(2, (9, 7)).contiguous(), seen, **asked)
+    attn = types.SimpleNamespace(to_out=[theirs.attn.out_proj])
+    into = zip(theirs.attn.in_proj_weight.chunk(3), theirs.attn.in_proj_bias.chunk(3), strict=True)
+    for name, (weight, bias) in zip(("to_q", "to_k", "to_v"), into, strict=True):
+        setattr(attn, name, functools.partial(torch.nn.functional.linear, weight=weight, bias=bias))
+    prompts = [prompt(i, attn.to_k, attn.to_v, t) for i, t in enumerate(tokens[1:])]
+    method = RBModulation(references=(SEEN,) * len(prompts))
+    found = ours(method, attn, x, text, *prompts)  # type: ignore[arg-type]
+    close(found, expected.flatten(2).mT)
