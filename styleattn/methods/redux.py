@@ -18,6 +18,7 @@ from ._joint import JointCall, JointSettings, Parts, seen_by
 
 STRENGTH_BY = ("bias", "key_bias", "tokens")
 DOWNSAMPLE_BY = ("mixed", "area")
+RESTYLING = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ class Redux(JointSettings):
         strength_by: "bias" is the formula above; "key_bias" adds log s for the picture's own tokens
             too; "tokens" multiplies the tokens instead, before the model's first layer.
         downsample: f; the grid of tokens is resized to 1 / f of its side before it is used.
+        zero_prompt: zeros in place of T5's tokens and of CLIP's vector, as from diffusers' prior
+            without text encoders. An empty prompt is another thing: it has embeddings of its own.
         downsample_by: "mixed" rounds the side down and resizes bicubically, by area for f = 3;
             "area" rounds it to the nearest and resizes by area.
         layers: which layers see the pictures.
@@ -60,6 +63,7 @@ class Redux(JointSettings):
     strength_by: str = "bias"
     downsample: float = 1.0
     downsample_by: str = "mixed"
+    zero_prompt: bool = False
     layers: Layers = "all"
     steps: Steps = (0.0, 1.0)
 
@@ -80,12 +84,38 @@ class Redux(JointSettings):
             reasons.append(f"strength must not be negative, got {self.strength}")
         if not reasons and self.downsample < 1:
             reasons.append(f"downsample must be at least 1, got {self.downsample}")
+        reasons += self._wrong_flags("zero_prompt")
         for knob, known in (("strength_by", STRENGTH_BY), ("downsample_by", DOWNSAMPLE_BY)):
             if getattr(self, knob) not in known:
                 reasons.append(f"{knob} must be one of {known}, got {getattr(self, knob)!r}")
         for i, r in enumerate(self.references or () if not reasons else ()):
             reasons += self._reasons_against(i, r)
         self._refuse(reasons)
+
+    @classmethod
+    def restyling(cls, *, image_prompt_strength: float = RESTYLING, **knobs: Any) -> Redux:
+        """A picture restyled by a prompt, after the Redux of FLUX1.1 [pro] Ultra: the whole prompt,
+        and the picture at a small strength.
+
+        It is an emulation. The weights of [pro] are not public and nobody has printed what its
+        strength does; here it is s of the formula above, on the weights of Redux [dev]: 0 is the
+        prompt alone, 1 Redux as it is. What matches the same number there is not known.
+
+        Args:
+            image_prompt_strength: s; 0.1 is that API's default.
+            knobs: further ones; `strength` and `zero_prompt` are none of them.
+
+        Raises:
+            ValueError: an image_prompt_strength outside [0, 1], knobs without a meaning here.
+        """
+        taken = [k for k in ("strength", "strength_by", "zero_prompt") if k in knobs]
+        s = image_prompt_strength
+        if taken or isinstance(s, bool) or not isinstance(s, (int, float)) or not 0 <= s <= 1:
+            raise ValueError(
+                f"Redux.restyling: image_prompt_strength must lie in [0, 1], got {s!r}"
+                + (f"; it stands for {', '.join(taken)}" if taken else "")
+            )
+        return cls(strength=float(s), **knobs)
 
     def _reasons_against(self, index: int, reference: Reference) -> list[str]:
         x: Any = reference.embeds

@@ -13,6 +13,7 @@ from styleattn.inversion import read_picture
 from styleattn.inversion.host import Picture, vae_scale
 from styleattn.methods import FillDiptych
 from styleattn.references import Reference
+from styleattn.tiny import MODELS
 
 from .additions import file_digest
 from .diptych import Canvas, fill_canvas, fill_diptych, grid_of
@@ -77,6 +78,10 @@ def filling_of(
         if given:
             raise Refused(f"{', '.join(given)}: only {METHOD} paints on a canvas")
         return None
+    if options["model"] in MODELS:  # their defaults would speak for the user
+        raise Refused(
+            f"{METHOD} needs a directory of FLUX.1 Fill; {options['model']} does not fill"
+        )
     reasons = []
     if len(sources) != 1 or sources[0].picture is None:
         reasons.append(f"{METHOD} takes one --reference, a picture")

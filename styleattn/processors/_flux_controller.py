@@ -29,7 +29,7 @@ from ._flux_attention import OURS, JointSite
 from ._flux_blocks import BlockPlace, hook, unhook
 from ._flux_panels import PanelOrder, Panels
 from ._flux_places import Moved, share_of
-from ._flux_rows import FluxRowMaker, images_of_prompts, without_control
+from ._flux_rows import FluxRowMaker, images_of_prompts, without_control, without_prompts
 from ._prompts import Prompts
 
 PARAMETERS = tuple(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
@@ -317,6 +317,9 @@ class FluxController(Controller):
     ) -> tuple[dict[str, Any], tuple[tuple[str | None, ...], ...]]:
         """The call with the tokens of context methods behind the text: of references that can be
         seen at this step, and not in the unconditional call."""
+        silent = any(getattr(m, "zero_prompt", False) for m in self.methods)
+        if silent and not rows.unconditional[0]:
+            inputs = without_prompts(inputs, added)
         text, ids = inputs["encoder_hidden_states"], inputs["txt_ids"]
         more, runs = [], []
         for i, contexts in enumerate(self.contexts):

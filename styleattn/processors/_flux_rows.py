@@ -173,6 +173,13 @@ def images_of_prompts(inputs: dict[str, Any], batch: int, each: int) -> dict[str
     return {**inputs, "joint_attention_kwargs": {**kwargs, "ip_adapter_image_embeds": chosen}}
 
 
+def without_prompts(inputs: dict[str, Any], added: int) -> dict[str, Any]:
+    """The call with zeros for what it is told in words, but for the rows that a bank added."""
+    names = ("encoder_hidden_states", "pooled_projections")
+    told = {n: torch.cat([inputs[n][:added], torch.zeros_like(inputs[n][added:])]) for n in names}
+    return {**inputs, **told}
+
+
 def without_control(
     inputs: dict[str, Any], references: Sequence[int], batch: int
 ) -> dict[str, Any]:

@@ -135,6 +135,8 @@ def test_models_and_methods_that_do_not_go_together(place, tmp_path, capsys):
 
     argv = command(place, tmp_path / "out", model="model")
     refused(argv, "draws with a FluxFillPipeline, not a FluxPipeline")
+    argv[argv.index("--model") + 1] = "tiny-flux"
+    refused(argv, "needs a directory of FLUX.1 Fill; tiny-flux does not fill")
     argv = command(place, tmp_path / "out", "--mask", str(place / "mask.png"))
     argv[argv.index("fill_diptych")] = "redux"
     at = argv.index("--content")

@@ -246,6 +246,31 @@ def test_the_unconditional_call_has_no_pictures(pipe):
     assert relative(got, run(pipe, PROMPTS, steps=2, **guided)) > 1e-3
 
 
+@pytest.mark.parametrize("guided", [{}, {"negative_prompt": ["ugly"] * 2, "true_cfg_scale": 2.0}])
+def test_prompts_of_zeros(pipe, guided):
+    """What zeros give that are handed in; an empty prompt is another thing; the negative prompt
+    stays."""
+    method = Redux(references=refs(0.6), zero_prompt=True)
+    zeros = {"prompt_embeds": torch.zeros(2, T, 32), "pooled_prompt_embeds": torch.zeros(2, 32)}
+    with apply(pipe, Redux(references=refs(0.6))):
+        expected = run(pipe, None, **zeros, **guided)
+        empty = run(pipe, ("", ""), **guided)
+    with apply(pipe, method):
+        got = run(pipe, PROMPTS, **guided)
+    assert relative(got, expected) <= 1e-5
+    assert relative(got, empty) > 1e-3
+
+
+def test_restyling():
+    found = Redux.restyling(references=refs(1.0), downsample=3)
+    assert (found.strength, found.strength_by, found.downsample) == (0.1, "bias", 3)
+    for bad in ({"image_prompt_strength": 1.5}, {"image_prompt_strength": True}):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+            Redux.restyling(**bad)
+    with pytest.raises(ValueError, match="stands for strength, zero_prompt"):
+        Redux.restyling(strength=1.0, zero_prompt=True)
+
+
 @pytest.mark.parametrize(
     ("by", "factor", "side"), [("mixed", 2, 3), ("mixed", 3, 2), ("mixed", 4, 1), ("area", 4, 2)]
 )
