@@ -142,6 +142,8 @@ RECIPES: dict[str, Recipe] = {
     "pulid_sdxl": Recipe(roles=(), defaults={"guidance": 7.0}),
 }
 
+PARTS = {"style_studio_teacher": "style_studio"}
+"""Methods that the recipe of another one puts next to it."""
 
 FLUX_RECIPES: dict[str, Recipe] = {
     "style_aligned": Recipe(home="drawing:beside", beside=True),
@@ -190,6 +192,8 @@ def recipe_of(method: str, host: str = "unet") -> Recipe:
         ValueError: there is none.
     """
     recipes = recipes_on(host)
+    if method in PARTS and PARTS[method] in recipes:
+        raise ValueError(f"{method} is a part of {PARTS[method]}: --method {PARTS[method]}")
     if method not in recipes:
         where = " on FLUX" if host == "flux" else ""
         raise ValueError(
