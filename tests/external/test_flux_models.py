@@ -1,5 +1,5 @@
-"""Whole FLUX transformers as Black Forest Labs, PuLID and XLabs publish them, against our methods on
-diffusers' of the same random weights.
+"""Whole FLUX transformers as Black Forest Labs, PuLID and XLabs publish them, against our methods
+on diffusers' of the same random weights.
 
 Nothing is downloaded: each test wants a checkout of the official repository, named by an
 environment variable (and einops), and is skipped without it.

@@ -15,8 +15,16 @@ from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounter
 
 from styleattn.adapters import load_pulid
-from styleattn.methods import PuLIDFLUX, Redux, StyleAligned
+from styleattn.methods import (
+    IPAdapter,
+    PuLIDFLUX,
+    Redux,
+    StyleAligned,
+    StyleID,
+    VisualStylePrompting,
+)
 from styleattn.processors import apply, remove
+from styleattn.processors.bank import build_bank
 from styleattn.references import Reference
 
 torch.set_num_threads(1)
@@ -82,6 +90,45 @@ def test_behind_the_adapters_that_diffusers_loads(pipe, pulid):
     theirs = expected(pipe, **images)
     with apply(pipe, pulid):
         assert relative(run(pipe, PROMPTS, **images), theirs) <= 1e-5
+
+
+def test_with_a_bank_whose_references_see_nobody(pipe, pulid):
+    """The bank's rows are drawn as they are without an identity; the others read it."""
+    clean = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(4))
+    told = {"num_inference_steps": 3, "max_sequence_length": 16}
+    references = [Reference(latents=x) for x in clean]
+    for method, count in ((StyleAligned(), 1), (VisualStylePrompting(), 1), (StyleID(), 2)):
+        bank = build_bank(pipe, references[:count], method, **told)
+
+        def only_the_others(call, inputs, count=count):
+            share = torch.full((count + 2, 1, 1), 0.8)
+            share[:count] = 0.0
+            return [(ANN.expand(count + 2, -1, -1), share)]
+
+        with apply(pipe, method, bank=bank):
+            alone = run(pipe, PROMPTS)
+            with pulid_oracle.instead(pipe, TENSORS, only_the_others), torch.no_grad():
+                theirs = run(pipe, PROMPTS)
+        assert relative(theirs, alone) > 1e-3
+        for order in ([method, pulid], [pulid, method]):
+            with apply(pipe, *order, bank=bank):
+                assert relative(run(pipe, PROMPTS), theirs) <= 1e-5
+
+
+def test_behind_adapters_of_methods_and_next_to_redux(pipe, pulid, tmp_path):
+    """XLabs' after the MLP, InstantX' within the attention, Redux next to the text: the identity is
+    read behind all of them, in whatever order they are given."""
+    files = {"xlabs": checkpoints.xlabs(3, 32, 32, 32, 4)}
+    files["instantx"] = checkpoints.instantx(8, 24, 32, 32, 5)
+    shown = []
+    for width, (name, shapes) in zip((32, 24), files.items(), strict=True):
+        save_file(checkpoints.noise(shapes), tmp_path / f"{name}.safetensors")
+        seen = Reference(embeds=torch.linspace(-1, 2, width), negative=torch.zeros(width))
+        shown.append(IPAdapter(adapter=tmp_path / f"{name}.safetensors", references=(seen,)))
+    theirs = expected(pipe, *shown, REDUX)
+    for order in ([*shown, REDUX, pulid], [pulid, REDUX, *shown[::-1]]):
+        with apply(pipe, *order):
+            assert relative(run(pipe, PROMPTS), theirs) <= 1e-5
 
 
 def test_before_a_controlnets_residual(pipe, pulid):
