@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .adapter_model import ImagePrompts, save_image_prompts
 from .captions import save_tokenizer, save_word_tokenizer
 from .flux_model import FluxDenoiser, new_flow_scheduler, new_word_tokenizer
 from .model import Denoiser, new_scheduler, new_tokenizer
 
 Record = dict[str, object]
+ADAPTER = "tiny-flux-ip-adapter"
 
 
 def use_averaged(model: nn.Module, run: Path) -> Record:
@@ -126,17 +128,40 @@ def export(run: Path, vae: Path, out: Path, model: str = "tiny-sdxl") -> None:
     fresh.rename(out)
 
 
+def export_adapter(run: Path, out: Path) -> None:
+    """Save the image adapter of a run of `styleattn.tiny.train_adapter`, its encoder, and
+    `training.json`; `out` is replaced only when all is written."""
+    model = ImagePrompts()
+    record = use_averaged(model, run)
+    fresh = out.with_name(out.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    save_image_prompts(model, fresh)
+    (fresh / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if (out / "MODEL_CARD.md").exists():
+        shutil.copy(out / "MODEL_CARD.md", fresh)
+    shutil.rmtree(out, ignore_errors=True)
+    fresh.rename(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m styleattn.tiny.export",
         description="Write a model directory from a training run.",
     )
     parser.add_argument("run", type=Path, help="folder of the training run")
-    parser.add_argument("vae", type=Path, help="folder of styleattn.tiny.vae")
+    parser.add_argument(
+        "vae", type=Path, nargs="?", help="folder of styleattn.tiny.vae; an adapter has none"
+    )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", choices=("tiny-sdxl", "tiny-flux"), default="tiny-sdxl")
+    models = ("tiny-sdxl", "tiny-flux", ADAPTER)
+    parser.add_argument("--model", choices=models, default="tiny-sdxl")
     values = parser.parse_args()
-    export(values.run, values.vae, values.out, values.model)
+    if (values.vae is None) != (values.model == ADAPTER):
+        parser.error("models need the folder of a vae, adapters take none")
+    if values.model == ADAPTER:
+        export_adapter(values.run, values.out)
+    else:
+        export(values.run, values.vae, values.out, values.model)
 
 
 if __name__ == "__main__":

@@ -43,13 +43,13 @@ class FluxGroupProcessor:
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Any:
-        query, key, value = _projected(attn, hidden_states, encoder_hidden_states)
+        query, key, value = projected(attn, hidden_states, encoder_hidden_states)
         groups, double = self.groups, encoder_hidden_states is not None
         text = query.shape[2] - TOKENS
         if groups.count and not (groups.aligned and double):
             output = _shared(groups, query, key, value, text, image_rotary_emb)
         else:
-            query, key = _rotated(query, image_rotary_emb), _rotated(key, image_rotary_emb)
+            query, key = rotated(query, image_rotary_emb), rotated(key, image_rotary_emb)
             output = F.scaled_dot_product_attention(query, key, value)
         output = output.transpose(1, 2).flatten(2)
         if not double:
@@ -58,7 +58,7 @@ class FluxGroupProcessor:
         return image, attn.to_add_out(output[:, :text])
 
 
-def _projected(
+def projected(
     attn: Any, hidden: torch.Tensor, context: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values [B, H, text + image, D], normed, not rotated."""
@@ -76,7 +76,7 @@ def _projected(
     return query, key, value
 
 
-def _rotated(x: torch.Tensor, angles: Any) -> torch.Tensor:
+def rotated(x: torch.Tensor, angles: Any) -> torch.Tensor:
     from diffusers.models.embeddings import apply_rotary_emb
 
     return apply_rotary_emb(x, angles, sequence_dim=2)
@@ -104,10 +104,10 @@ def _shared(
 
     if groups.aligned:
         query, key = styled(query), styled(key)
-        shared_key = _rotated(key[::size, :, text:], groups.moved)
-        query, key = _rotated(query, angles), _rotated(key, angles)
+        shared_key = rotated(key[::size, :, text:], groups.moved)
+        query, key = rotated(query, angles), rotated(key, angles)
     else:
-        query, key = styled(_rotated(query, angles)), styled(_rotated(key, angles))
+        query, key = styled(rotated(query, angles)), styled(rotated(key, angles))
         shared_key = key[::size, :, text:]
     own = F.scaled_dot_product_attention(query[::size], key[::size], value[::size])
     shared_key = shared_key.repeat_interleave(size - 1, 0)

@@ -22,7 +22,7 @@ __all__ = ["Batch", "Run", "Settings", "make_batch", "rate", "train"]
 
 
 @dataclass(frozen=True)
-class Settings(training.Settings):
+class Settings(training.GroupSettings):
     """The settings of `tiny-sdxl`.
 
     Args:

@@ -22,7 +22,7 @@ GUIDANCE = (1.0, 5.0)
 
 
 @dataclass(frozen=True)
-class Settings(training.Settings):
+class Settings(training.GroupSettings):
     """The settings of `tiny-flux`.
 
     Args:
@@ -108,6 +108,14 @@ def make_batch(settings: Settings, step: int, tokenizer: Any, tokenizer_2: Any) 
     )
 
 
+def compile_blocks(transformer: Any) -> None:
+    """Run every block of the transformer through `torch.compile`."""
+    torch._dynamo.config.recompile_limit = 64  # every block, plain and in groups
+    for name in ("transformer_blocks", "single_transformer_blocks"):
+        for block in getattr(transformer, name):
+            block.compile()
+
+
 class Run(BaseRun):
     """A training run of `tiny-flux`."""
 
@@ -120,10 +128,7 @@ class Run(BaseRun):
         self.groups = FluxGroups()
         share_flux_in_groups(model.transformer, self.groups)
         if self.settings.compiled:
-            torch._dynamo.config.recompile_limit = 64  # every block, plain and in groups
-            for name in ("transformer_blocks", "single_transformer_blocks"):
-                for block in getattr(model.transformer, name):
-                    block.compile()
+            compile_blocks(model.transformer)
         return model
 
     def is_matrix(self, name: str, parameter: nn.Parameter) -> bool:

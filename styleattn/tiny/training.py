@@ -35,9 +35,6 @@ class Settings:
     Args:
         styled: share of the captions that name the style.
         dropped: share of the captions left out.
-        shared: share of the steps, from `shared_from` on, whose batch is in groups of 4 drawings of
-            one style that attend to the first of their group.
-        shared_clean: share of those groups whose first drawing is at a lower noise level.
         detail: weight of a second loss on the fine structure alone.
     """
 
@@ -52,10 +49,22 @@ class Settings:
     styled: float = 0.15
     dropped: float = 0.1
     optimizer: str = "muon"
+    detail: float = 0.0
+
+
+@dataclass(frozen=True)
+class GroupSettings(Settings):
+    """The settings of a model that is trained with shared attention.
+
+    Args:
+        shared: share of the steps, from `shared_from` on, whose batch is in groups of 4 drawings of
+            one style that attend to the first of their group.
+        shared_clean: share of those groups whose first drawing is at a lower noise level.
+    """
+
     shared: float = 0.0
     shared_from: int = 0
     shared_clean: float = 0.5
-    detail: float = 0.0
 
 
 @dataclass

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from math import log
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,8 +26,7 @@ from styleattn.methods import AlignedGen, StyleAligned
 from styleattn.pipelines.sampling import Sampling, generate
 from styleattn.pipelines.style_aligned import Inversion, transfer
 from styleattn.tiny import measure
-
-PER_REFERENCE = 4
+from styleattn.tiny.trials import PER_REFERENCE, Trial, trials
 
 
 @dataclass(frozen=True)
@@ -54,43 +52,11 @@ SETUPS = {
 }
 
 
-@dataclass(frozen=True)
-class Job:
-    """One reference and the contents to draw in its style, none of them the reference's own."""
-
-    seed: int
-    reference: tiny.Reference
-    contents: tuple[str, ...]
-
-    @property
-    def prompts(self) -> list[str]:
-        return [f"a {content}" for content in self.contents]
-
-    @property
-    def styled_prompt(self) -> str:
-        style = self.reference.style
-        words = f"{style.texture} {style.palette} {style.edge}"
-        return f"{self.reference.prompt}, {words}"
+def without(pipe: Any, job: Trial, setup: Setup) -> tuple[list[Any], Any]:
+    return generate(pipe, job.prompts, job.seeds, setup.sampling), job.reference.style
 
 
-def jobs(count: int, seed: int = 20_000) -> list[Job]:
-    """References and prompts for `count` images, from seeds that training never saw."""
-    rng = np.random.default_rng([seed, 0, 1])
-    found = []
-    for index in range(count // PER_REFERENCE):
-        style = tiny.STYLES[rng.integers(len(tiny.STYLES))]
-        content, *others = rng.permutation(tiny.CONTENTS).tolist()
-        reference = tiny.Reference(tiny.drawing(content, style, seed + index), content, style)
-        found.append(Job(seed + 100 * index, reference, tuple(others[:PER_REFERENCE])))
-    return found
-
-
-def without(pipe: Any, job: Job, setup: Setup) -> tuple[list[Any], Any]:
-    seeds = range(job.seed, job.seed + len(job.prompts))
-    return generate(pipe, job.prompts, seeds, setup.sampling), job.reference.style
-
-
-def from_picture(pipe: Any, job: Job, setup: Setup) -> tuple[list[Any], Any]:
+def from_picture(pipe: Any, job: Trial, setup: Setup) -> tuple[list[Any], Any]:
     """The reference is a drawing, inverted; its style is the one it was drawn in."""
     reference = job.reference
     images = transfer(
@@ -107,7 +73,7 @@ def from_picture(pipe: Any, job: Job, setup: Setup) -> tuple[list[Any], Any]:
     return images, reference.style
 
 
-def from_prompt(pipe: Any, job: Job, setup: Setup) -> tuple[list[Any], Any]:
+def from_prompt(pipe: Any, job: Trial, setup: Setup) -> tuple[list[Any], Any]:
     """The reference is made from its prompt; its style is the one that is seen in it."""
     with apply(pipe, setup.method):
         prompts = [job.styled_prompt, *job.prompts]
@@ -118,7 +84,7 @@ def from_prompt(pipe: Any, job: Job, setup: Setup) -> tuple[list[Any], Any]:
 WAYS = {"without": without, "from a picture": from_picture, "from a prompt": from_prompt}
 
 
-def measured(pipe: Any, way: str, found: Sequence[Job], setup: Setup) -> measure.Score:
+def measured(pipe: Any, way: str, found: Sequence[Trial], setup: Setup) -> measure.Score:
     pictures, prompted, styles, contents = [], [], [], []
     for job in found:
         images, style = WAYS[way](pipe, job, setup)
@@ -139,7 +105,7 @@ def quiet_pipe(model: str) -> Any:
 @pytest.mark.parametrize("name", SETUPS)
 def test_a_few_images_of_the_shipped_weights(name: str) -> None:
     """Two references, eight images: a quick look that the weights and the way to them are right."""
-    pipe, found = quiet_pipe(SETUPS[name].model), jobs(8)
+    pipe, found = quiet_pipe(SETUPS[name].model), trials(8)
     styled = measured(pipe, "from a picture", found, SETUPS[name])
     assert styled.style_match >= 0.75 and styled.content_accuracy >= 0.75, styled.as_dict()
 
@@ -148,7 +114,7 @@ def test_a_few_images_of_the_shipped_weights(name: str) -> None:
 @pytest.mark.parametrize("name", SETUPS)
 def test_the_style_comes_from_the_reference_and_the_content_from_the_prompt(name: str) -> None:
     """What the model cards state, on 200 images of held-out seeds."""
-    pipe, found, setup = quiet_pipe(SETUPS[name].model), jobs(200), SETUPS[name]
+    pipe, found, setup = quiet_pipe(SETUPS[name].model), trials(200), SETUPS[name]
     plain = measured(pipe, "without", found, setup)
     styled = measured(pipe, "from a picture", found, setup)
     report = json.dumps({"without": plain.as_dict(), "styled": styled.as_dict()}, indent=1)
@@ -171,7 +137,7 @@ def main() -> None:
     changes = {"num_inference_steps": values.steps, guidance: values.guidance}
     changes = {name: value for name, value in changes.items() if value is not None}
     setup = replace(setup, sampling=replace(setup.sampling, **changes))
-    pipe, found = quiet_pipe(setup.model), jobs(values.count, values.seed)
+    pipe, found = quiet_pipe(setup.model), trials(values.count, values.seed)
     print("measure:", json.dumps(measure.validate()), flush=True)
     for way in values.ways:
         print(f"{way}:", json.dumps(measured(pipe, way, found, setup).as_dict()), flush=True)

@@ -1,0 +1,162 @@
+"""The image adapter of `tiny-flux` and its training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from PIL import Image
+
+from styleattn import Reference, apply, tiny
+from styleattn.methods import IPAdapter
+from styleattn.processors.flux import joint_attention_layers
+from styleattn.tiny import train_adapter
+from styleattn.tiny.adapter_model import ImagePrompts, block_names, save_image_prompts
+from styleattn.tiny.export import export_adapter
+from styleattn.tiny.train_adapter import Run, Settings, make_batch, train
+
+SMALL = Settings(seed=3, steps=4, batch=4, warmup=2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One whose weights are what a file in half precision holds."""
+    made = Run(tmp_path_factory.mktemp("run"), SMALL)
+    with torch.no_grad():
+        for parameter in made.model.adapter.parameters():
+            parameter.copy_(parameter.half())
+    return made
+
+
+def test_an_interrupted_run_reaches_the_same_weights(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", SMALL)
+    train(tmp_path / "parts", SMALL, stop=2)
+    again = train(tmp_path / "parts", SMALL)
+    assert again.step == whole.step == 4
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+    for name, value in whole.mean.items():
+        assert torch.equal(value, again.mean[name]), name
+
+
+def test_only_the_adapter_and_its_encoder_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one batch again and again the loss falls; the model stays as it is in the package."""
+    run = Run(tmp_path, replace(SMALL, steps=100, lr=3e-3))
+    batch = make_batch(replace(run.settings, shift=20.0), 0)
+    monkeypatch.setattr(train_adapter, "make_batch", lambda settings, step: batch)
+    losses = [run.train_step() for _ in range(16)]
+    assert losses[-1] < 0.85 * losses[0]
+    stock = tiny.load("tiny-flux").transformer.state_dict()
+    for name, value in run.pipe.transformer.state_dict().items():
+        assert torch.equal(value, stock[name]), name
+    torch.manual_seed(run.settings.seed)
+    first = ImagePrompts().state_dict()
+    changed = {
+        name for name, value in run.model.state_dict().items() if (value != first[name]).any()
+    }
+    assert changed >= {
+        name for name, _ in run.model.named_parameters() if "k_proj.bias" not in name
+    }
+
+
+def test_batches_show_what_is_drawn_or_another_content_in_its_style() -> None:
+    from styleattn.tiny.measure import read
+
+    def shown(batch: Any) -> list[Any]:
+        pixels = ((batch.pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+        return read(list(pixels.numpy()))
+
+    same = make_batch(Settings(batch=8, same=1.0, dropped=0.0, styled=0.0, unseen=0.0), 1)
+    assert same.seen.all() and all(same.prompts)
+    for reading, prompt in zip(shown(same), same.prompts, strict=True):
+        assert reading.content in prompt
+    other = make_batch(Settings(batch=8, same=0.0, dropped=0.0, styled=1.0, unseen=0.5), 1)
+    assert 0 < other.seen.sum() < 8
+    for reading, prompt in zip(shown(other), other.prompts, strict=True):
+        assert reading.content not in prompt
+        assert reading.texture in prompt and reading.palette in prompt
+    again = make_batch(Settings(batch=8, same=0.0, dropped=0.0, styled=1.0, unseen=0.5), 1)
+    assert torch.equal(other.tokens, again.tokens) and torch.equal(other.noise, again.noise)
+    assert not any(make_batch(Settings(batch=8, dropped=1.0), 1).prompts)
+
+
+def test_the_file_has_the_names_of_published_ones(run: Run, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    save_image_prompts(run.model, tmp_path)
+    projector = {f"image_proj.{n}" for n in ("norm.weight", "norm.bias")}
+    projector |= {f"image_proj.proj.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")}
+    layers = list(joint_attention_layers(run.pipe.transformer))
+    pairs = {f"ip_adapter.{i}.to_{p}_ip.weight" for i in range(len(layers)) for p in "kv"}
+    found = load_file(tmp_path / "adapter.safetensors")
+    assert set(found) == projector | pairs and layers == block_names()
+    assert {t.dtype for t in found.values()} == {torch.float16}
+    encoder = load_file(tmp_path / "image_encoder" / "model.safetensors")
+    assert all(name.startswith("vision_model.") for name in encoder)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 2e6
+
+
+def test_training_sees_pictures_as_the_method_does(run: Run, tmp_path: Path) -> None:
+    """The saved adapter through `apply`, the picture through its encoder, against a training
+    step's velocity."""
+    save_image_prompts(run.model, tmp_path)
+    batch = make_batch(replace(SMALL, batch=2, unseen=0.0, dropped=0.0), 0)
+    pixels = batch.pictures[:1]
+    shape = np.asarray(((pixels[0] + 1) * 127.5).round().byte().permute(1, 2, 0))
+    with torch.no_grad():
+        run.shown.tokens = None
+        plain = run._velocity(batch.noise, batch)
+        tokens = run.model(pixels, torch.ones(1))
+        run.shown.tokens = tokens.expand(2, -1, -1)
+        trained = run._velocity(batch.noise, batch)
+        pipe = tiny.load("tiny-flux")
+        method = IPAdapter(
+            adapter=tmp_path,
+            image_encoder=tmp_path / "image_encoder",
+            references=(Reference(image=Image.fromarray(shape)),),
+        )
+        stock = run.pipe
+        run.pipe = pipe
+        untouched = run._velocity(batch.noise, batch)
+        with apply(pipe, method):
+            drawn = run._velocity(batch.noise, batch)
+        run.pipe = stock
+    torch.testing.assert_close(plain, untouched, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(drawn, trained, rtol=1e-5, atol=1e-5)
+    assert (trained - plain).abs().max() > 1e-2
+
+
+def test_a_row_without_a_picture_sees_an_embedding_of_zeros(run: Run) -> None:
+    pictures = make_batch(SMALL, 0).pictures[:2]
+    with torch.no_grad():
+        first, second = run.model(pictures, torch.tensor([1.0, 0.0]))
+        blank = run.model.adapter.tokens(torch.zeros(1, 64))[0]
+    torch.testing.assert_close(second, blank, rtol=1e-5, atol=1e-6)
+    assert (first - blank).abs().max() > 1e-2
+
+
+def test_a_run_is_exported_with_its_averaged_weights(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    run = train(tmp_path / "run", SMALL, stop=2)
+    export_adapter(tmp_path / "run", tmp_path / "out")
+    found = load_file(tmp_path / "out" / "adapter.safetensors")
+    wanted = run.mean["adapter.projector.norm.weight"].half()
+    assert torch.equal(found["image_proj.norm.weight"], wanted)
+    assert (tmp_path / "out" / "training.json").is_file()
+    assert not (tmp_path / "out.new").exists()
