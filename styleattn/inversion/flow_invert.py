@@ -71,7 +71,9 @@ def flow_invert(
         height, width: pixels that the picture is fitted to; the pipeline's own size if None.
             Latents bring their own.
         max_sequence_length: tokens of T5.
-        round_trip: also sample back (:func:`flow_restore`) and note ‖z_0' - z_0‖ / ‖z_0‖.
+        round_trip: also sample back (:func:`flow_restore`) and note ‖z_0' - z_0‖ / ‖z_0‖. On
+            `tiny-flux` it is about 1 with "euler", 0.04 with "rf_solver" and 0.5 with
+            "rf_inversion" (16 steps), whose way back is drawn to the picture at first only.
         callback, checkpoint, checkpoint_every: as in :func:`styleattn.inversion.ddim_invert`.
 
     Returns:
