@@ -10,7 +10,7 @@ STYLEATTN_INLINE Vec::F exp2_vec(Vec::F x) {
   static_assert(degree == 4 || degree == 5, "no coefficients");
   x = Vec::max(Vec::set1(-127.0f), x);
   const Vec::F n = Vec::round(x);
-  const Vec::F f = Vec::fma(n, Vec::set1(-1.0f), x);
+  const Vec::F f = Vec::sub(x, n);
   Vec::F p;
   if (degree == 5) {
     p = Vec::fma(Vec::set1(0.00132647273f), f, Vec::set1(0.00967151299f));
@@ -72,8 +72,14 @@ template <class Dot, int vectors>
 static void panel_rows(const typename Dot::Element* a, int64_t lda, int rows, const typename Dot::Element* b, int depth,
                        float* c, int64_t ldc, bool accumulate) {
   constexpr int step = Vec::tile_rows(vectors);
-  for (int i = 0; i < rows; i += step) {
+  int i = 0;
+  for (; i + step <= rows; i += step) {
     micro_tile<Dot, vectors, step>(a + i * lda, lda, b, depth, c + i * ldc, ldc, accumulate);
+  }
+  if constexpr (step > Vec::row_multiple) {
+    for (; i < rows; i += Vec::row_multiple) {
+      micro_tile<Dot, vectors, Vec::row_multiple>(a + i * lda, lda, b, depth, c + i * ldc, ldc, accumulate);
+    }
   }
 }
 

@@ -12,6 +12,7 @@ namespace STYLEATTN_ISA {
 
 constexpr int BLOCK_KEYS = 128;
 constexpr int TILE_ROWS = 48;
+constexpr int AHEAD = 8;  // rows that are asked for before they are read
 
 // One row of keys or values of the call in fp32: lambda * x + (1 - lambda) * own where blended. out: [padded dim].
 static void source_row(const Call& call, const Source& source, const View& view, const View& own, int64_t slot, int64_t head,
@@ -86,6 +87,10 @@ static void pack(const Call& call, const Source& source, int64_t slot, int64_t h
     Element* key_block = keys + block * depth * Dot::pair;
     Element* value_block = values + block * wide;
     for (int j = 0; j < padded; ++j) {
+      if (block + j + AHEAD < source.length) {
+        prefetch_row(call, source.key, source.key_rows[slot], head, block + j + AHEAD);
+        prefetch_row(call, source.value, source.key_rows[slot], head, block + j + AHEAD);
+      }
       const bool live = j < count && !(bias && bias[block + j] == -INFINITY);
       if (live) source_row(call, source, source.key, source.own_key, slot, head, block + j, row, other);
       else memset(row, 0, wide * sizeof(float));

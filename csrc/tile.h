@@ -13,11 +13,11 @@ struct Scratch {
   typedef typename Dot::Element Element;
   float *query, *other, *acc, *stash, *total;  // [TILE_ROWS, wide]
   float* scores;                               // [TILE_ROWS, BLOCK_KEYS]; the probabilities replace them in place
-  float *max, *sum, *bias, *stash_max, *stash_sum;  // [TILE_ROWS]
+  float *max, *sum, *shrink, *bias, *stash_max, *stash_sum;  // [TILE_ROWS]
   Element* rounded;                            // [TILE_ROWS, wide]
 
   static int64_t bytes(int64_t wide) {
-    return TILE_ROWS * (wide * (5 * sizeof(float) + sizeof(Element)) + (BLOCK_KEYS + 5) * sizeof(float));
+    return TILE_ROWS * (wide * (5 * sizeof(float) + sizeof(Element)) + (BLOCK_KEYS + 6) * sizeof(float));
   }
 
   Scratch(char* memory, int64_t wide) {
@@ -35,6 +35,7 @@ struct Scratch {
     total = take(TILE_ROWS * wide);
     max = take(TILE_ROWS);
     sum = take(TILE_ROWS);
+    shrink = take(TILE_ROWS);
     bias = take(TILE_ROWS);
     stash_max = take(TILE_ROWS);
     stash_sum = take(TILE_ROWS);
@@ -53,6 +54,8 @@ struct Tile {
   const BranchCall* loaded = nullptr;    // the branch whose Q' is in s.query
   const float* rounded_scale = nullptr;  // what s.rounded was made with
   float rounded_sign = 0.0f;
+  bool filled = false;                   // s.acc holds something; else it counts as zeros
+  bool added = false;                    // s.total holds something; likewise
 
   Tile(const Call& c, int64_t b, int64_t h, int64_t m, char* scratch)
       : call(c), row(b), head(h), first(m), wide(round_up(c.dim, Vec::width)),
@@ -62,8 +65,8 @@ struct Tile {
   const float* channels(const float* p) const { return p ? p + (row * call.heads + head) * call.dim : nullptr; }
 
   void run() {
-    memset(s.total, 0, rows * wide * sizeof(float));
     for (int64_t g = 0; g < call.branch_count; ++g) branch(call.branches[g], g);
+    if (!added) memset(s.total, 0, rows * wide * sizeof(float));
     const int64_t size = call.dtype == Dtype::f32 ? 4 : 2;
     char* out = (char*)call.out + (((row * call.length + first) * call.heads + head) * call.dim) * size;
     for (int i = 0; i < rows; ++i) {
@@ -78,7 +81,7 @@ struct Tile {
       s.max[i] = b.null_keys ? 0.0f : -INFINITY;
       s.sum[i] = nulls;
     }
-    memset(s.acc, 0, padded * wide * sizeof(float));
+    filled = false;
     bool fresh = b.null_keys == 0;
     for (int64_t i = 0; i < b.segment_count; ++i) {
       const SegmentCall& segment = b.segments[i];
@@ -109,6 +112,7 @@ struct Tile {
     const float* shift = channels(b.query_affine.shift);
     const float gamma = number_at(b.gamma, row, 0);
     for (int i = 0; i < rows; ++i) {
+      if (i + AHEAD < rows) prefetch_row(call, b.query, row, head, first + i + AHEAD);
       float* q = s.query + i * wide;
       load_row(call.dtype, token_of(b.query, call.dtype, row, head, first + i), call.dim, q);
       if (scale) {
@@ -203,20 +207,35 @@ struct Tile {
       gemm<Dot>(operand, wide, padded, keys + block * depth * Dot::pair, int(depth), vectors, s.scores, BLOCK_KEYS, false);
       const float* bias = source.key_bias ? source.key_bias + slot * source.padded + block
                           : count % Vec::width ? source.tail_bias : nullptr;
-      for (int i = 0; i < rows; ++i) {
-        if (bias) soften<true>(i, vectors, factor, bias);
-        else soften<false>(i, vectors, factor, nullptr);
-      }
+      if (bias) soften<true>(vectors, factor, bias);
+      else soften<false>(vectors, factor, nullptr);
       if (!with_values) continue;
       gemm<Dot>((const Element*)s.scores, BLOCK_KEYS * int64_t(sizeof(float) / sizeof(Element)), padded, values + block * wide,
-                (count + Dot::pair - 1) / Dot::pair, int(wide / Vec::width), s.acc, wide, true);
+                (count + Dot::pair - 1) / Dot::pair, int(wide / Vec::width), s.acc, wide, filled);
+      filled = true;
     }
   }
 
-  // One row of the online softmax: scores become probabilities in place (of the operand type), max, sum and acc follow.
+  // The online softmax of one block: scores become probabilities in place (of the operand type); max, sum and acc follow.
+  // Row after row waits for its own maximum; all maxima first, then all exponentials, do not.
   template <bool biased>
-  STYLEATTN_INLINE void soften_row(float* score, int vectors, float factor, float row_bias, const float* bias, float* max,
-                                   float* sum, float* acc, int64_t wide) {
+  void soften(int vectors, float factor, const float* bias) {
+    for (int i = 0; i < rows; ++i) raise_max<biased>(i, vectors, factor, bias);
+    for (int i = 0; i < rows; i += Vec::width) Vec::store(s.shrink + i, exp2_vec<5>(Vec::load(s.shrink + i)));
+    for (int i = 0; i < rows; ++i) {
+      if (filled && s.shrink[i] != 1.0f) {
+        const Vec::F factors = Vec::set1(s.shrink[i]);
+        float* acc = s.acc + i * wide;
+        for (int64_t d = 0; d < wide; d += Vec::width) Vec::store(acc + d, Vec::mul(factors, Vec::load(acc + d)));
+      }
+    }
+    for (int i = 0; i < rows; ++i) s.sum[i] = s.sum[i] * s.shrink[i] + exponentials<biased>(i, vectors, factor, bias);
+  }
+
+  // The maximum of row i with this block, and the exponent of what it makes of all that was summed before.
+  template <bool biased>
+  void raise_max(int i, int vectors, float factor, const float* bias) {
+    const float* score = s.scores + i * BLOCK_KEYS;
     const Vec::F scale = Vec::set1(factor);
     Vec::F top = biased ? Vec::fma(Vec::load(score), scale, Vec::load(bias)) : Vec::load(score);
     for (int j = 1; j < vectors; ++j) {
@@ -224,9 +243,20 @@ struct Tile {
       if (biased) x = Vec::fma(x, scale, Vec::load(bias + j * Vec::width));
       top = Vec::max(top, x);
     }
-    const float highest = (biased ? Vec::reduce_max(top) : Vec::reduce_max(top) * factor) + row_bias;
-    const float before = *max, now = !(highest <= before) ? highest : before;
-    const Vec::F offset = Vec::set1(row_bias - (now == -INFINITY ? 0.0f : now));
+    const float highest = (biased ? Vec::reduce_max(top) : Vec::reduce_max(top) * factor) + s.bias[i];
+    const float before = s.max[i], now = s.bias[i] == -INFINITY || highest <= before ? before : highest;
+    s.shrink[i] = now == before ? 0.0f : before - now;
+    s.max[i] = now;
+  }
+
+  template <bool biased>
+  float exponentials(int i, int vectors, float factor, const float* bias) {
+    float* score = s.scores + i * BLOCK_KEYS;
+    if (s.bias[i] == -INFINITY) {  // whatever the keys hold, this query does not see them
+      memset(score, 0, vectors * Vec::width * sizeof(float));
+      return 0.0f;
+    }
+    const Vec::F scale = Vec::set1(factor), offset = Vec::set1(s.bias[i] - (s.max[i] == -INFINITY ? 0.0f : s.max[i]));
     Vec::F total = Vec::set1(0.0f);
     Element* out = (Element*)score;
     for (int j = 0; j < vectors; ++j) {
@@ -236,31 +266,16 @@ struct Tile {
       total = Vec::add(total, x);
       Dot::store(out + j * Vec::width, x);
     }
-    if (now != before) {
-      const float shrink = exp2f(before - now);
-      *sum *= shrink;
-      const Vec::F factors = Vec::set1(shrink);
-      for (int64_t d = 0; d < wide; d += Vec::width) Vec::store(acc + d, Vec::mul(factors, Vec::load(acc + d)));
-      *max = now;
-    }
-    *sum += Vec::reduce_add(total);
-  }
-
-  template <bool biased>
-  void soften(int i, int vectors, float factor, const float* bias) {
-    if (s.bias[i] == -INFINITY) {  // whatever the keys hold, this query does not see them
-      memset(s.scores + i * BLOCK_KEYS, 0, vectors * Vec::width * sizeof(float));
-      return;
-    }
-    soften_row<biased>(s.scores + i * BLOCK_KEYS, vectors, factor, s.bias[i], bias, s.max + i, s.sum + i, s.acc + i * wide, wide);
+    return Vec::reduce_add(total);
   }
 
   // A segment whose values are mapped is accumulated apart, in the frame of the running maximum.
   void stash() {
-    memcpy(s.stash, s.acc, rows * wide * sizeof(float));
+    if (filled) memcpy(s.stash, s.acc, rows * wide * sizeof(float));
+    else memset(s.stash, 0, rows * wide * sizeof(float));
     memcpy(s.stash_max, s.max, rows * sizeof(float));
     memcpy(s.stash_sum, s.sum, rows * sizeof(float));
-    memset(s.acc, 0, rows * wide * sizeof(float));
+    filled = false;
     memset(s.sum, 0, rows * sizeof(float));
   }
 
@@ -287,15 +302,21 @@ struct Tile {
 
   // total += weight * acc / sum, and the log-sum-exp of the branch. A query without keys adds nothing.
   void finish(const BranchCall& b, int64_t g) {
+    if (!filled) memset(s.acc, 0, rows * wide * sizeof(float));
     float* lse = call.lse + ((g * call.batch + row) * call.heads + head) * call.length + first;
     for (int i = 0; i < rows; ++i) {
       lse[i] = (s.max[i] + log2f(s.sum[i])) * LN2;
-      if (!b.contributes || s.sum[i] == 0.0f) continue;
-      const Vec::F share = Vec::set1(number_at(b.weight, row, first + i) / s.sum[i]);
+      if (!b.contributes) continue;
+      const bool empty = s.sum[i] == 0.0f;
+      if (empty && added) continue;
+      if (empty) memset(s.acc + i * wide, 0, wide * sizeof(float));
+      const Vec::F share = Vec::set1(empty ? 0.0f : number_at(b.weight, row, first + i) / s.sum[i]);
       for (int64_t d = i * wide; d < (i + 1) * wide; d += Vec::width) {
-        Vec::store(s.total + d, Vec::fma(share, Vec::load(s.acc + d), Vec::load(s.total + d)));
+        const Vec::F x = Vec::load(s.acc + d);
+        Vec::store(s.total + d, added ? Vec::fma(share, x, Vec::load(s.total + d)) : Vec::mul(share, x));
       }
     }
+    added |= b.contributes;
   }
 };
 

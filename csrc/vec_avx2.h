@@ -16,12 +16,13 @@ struct Vec {
   static constexpr int width = 8;
   static constexpr int tile_vectors = 2;                                     // widest micro-tile
   static constexpr int tile_rows(int vectors) { return vectors == 1 ? 12 : 6; }  // 12 accumulators, 16 registers
-  static constexpr int row_multiple = 12;                                    // common multiple of tile_rows
+  static constexpr int row_multiple = 6;                                     // common divisor of tile_rows
 
   STYLEATTN_INLINE F set1(float x) { return _mm256_set1_ps(x); }
   STYLEATTN_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
   STYLEATTN_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   STYLEATTN_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+  STYLEATTN_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   STYLEATTN_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   STYLEATTN_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   STYLEATTN_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }  // b where either is NaN

@@ -16,13 +16,14 @@ struct Vec {
   typedef uint32_t U __attribute__((vector_size(16)));
   static constexpr int width = 4;
   static constexpr int tile_vectors = 2;                                    // widest micro-tile
-  static constexpr int tile_rows(int vectors) { return vectors == 1 ? 6 : 4; }
-  static constexpr int row_multiple = 12;                                   // common multiple of tile_rows
+  static constexpr int tile_rows(int vectors) { return vectors == 1 ? 8 : 4; }
+  static constexpr int row_multiple = 4;                                    // common divisor of tile_rows
 
   STYLEATTN_INLINE F set1(float x) { return F{x, x, x, x}; }
   STYLEATTN_INLINE F load(const float* p) { F x; memcpy(&x, p, sizeof x); return x; }
   STYLEATTN_INLINE void store(float* p, F x) { memcpy(p, &x, sizeof x); }
   STYLEATTN_INLINE F add(F a, F b) { return a + b; }
+  STYLEATTN_INLINE F sub(F a, F b) { return a - b; }
   STYLEATTN_INLINE F mul(F a, F b) { return a * b; }
   STYLEATTN_INLINE F fma(F a, F b, F c) { return a * b + c; }
   STYLEATTN_INLINE F max(F a, F b) {  // b where either is NaN, like maxps

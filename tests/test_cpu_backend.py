@@ -279,7 +279,9 @@ import torch
 from styleattn.testing import BranchSpec, CallSpec, SegmentSpec, assert_within_error_budget
 from styleattn import cpu_backend
 from styleattn.branch import normalize
-segments = tuple(SegmentSpec(keys=33, affines="kvc", key_bias=b) for b in ("", "mask"))
+segments = tuple(
+    SegmentSpec(keys=33, affines="kvc", key_bias=b, null_keys=n) for b, n in (("", 2), ("mask", 0))
+)
 for dtype in (torch.float32, torch.bfloat16):
     for dim in (8, 33, 40):
         spec = CallSpec(length=13, head_dim=dim, dtype=dtype, branches=(BranchSpec(segments),) * 2)

@@ -70,6 +70,7 @@ EMULATED __m512 _mm512_set1_ps(float x) { return __m512{} + x; }
 EMULATED __m512 _mm512_loadu_ps(const void* p) { return emulated::load<__m512>(p); }
 EMULATED void _mm512_storeu_ps(void* p, __m512 x) { memcpy(p, &x, sizeof x); }
 EMULATED __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
+EMULATED __m512 _mm512_sub_ps(__m512 a, __m512 b) { return a - b; }
 EMULATED __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
 EMULATED __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { return a * b + c; }
 EMULATED __m512 _mm512_max_ps(__m512 a, __m512 b) { return a > b ? a : b; }
