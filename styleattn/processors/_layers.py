@@ -11,6 +11,8 @@ from typing import Any
 from styleattn.methods.weight_types import WEIGHT_TYPES, weight_type
 from styleattn.references import Layers
 
+from ._depth import is_depth, layers_at
+
 PRESETS = ("all", "style", "layout", "late", "style_id")
 _XL = {"style": ["up_blocks.0.attentions.1"], "layout": ["down_blocks.2.attentions.1"]}
 _V1 = {
@@ -32,9 +34,10 @@ def layer_weights(
             same, on SDXL without its first attention module), on FLUX both are the single blocks; a
             name, a prefix or an fnmatch pattern of names, or several; or diffusers' scale
             dictionary ({"down": {"block_2": [0, 1]}, "mid": 1, "up": ...}; what it does not name is
-            0); on FLUX one number for every double block (single ones get 0) or for every block; a
-            weight type such as "ease in" (`styleattn.methods.WEIGHT_TYPES`); or a dictionary of any
-            of these choices to weights ({"style": 1, "layout": 0.5}), which add up.
+            0); on FLUX one number for every double block (single ones get 0) or for every block, or
+            blocks by kind and depth ("double", "single 0-0.25": `layers_at`); a weight type such as
+            "ease in" (`styleattn.methods.WEIGHT_TYPES`); or a dictionary of any of these choices to
+            weights ({"style": 1, "layout": 0.5}), which add up.
         attention: the paths of the attention layers. Every pattern must hit one of them.
         others: further module paths to weigh by the same rule.
 
@@ -63,6 +66,9 @@ def layer_weights(
             " dictionary,"
             f" got {layers!r}"
         )
+    patterns = [
+        name for p in patterns for name in (layers_at(p, attention) if is_depth(p) else (p,))
+    ]
     for pattern in patterns:
         if not any(_matches(pattern, name) for name in attention):
             raise ValueError(
@@ -79,7 +85,7 @@ def _weighted(
         _check_scale(repr(choice), scale)
         if scale == 0:
             continue
-        known = choice in PRESETS or choice in WEIGHT_TYPES
+        known = choice in PRESETS or choice in WEIGHT_TYPES or is_depth(choice)
         if not known and not any(_matches(str(choice), name) for name in attention):
             raise ValueError(
                 f"layers: unknown part {choice!r}, the parts are down, mid and up; nor is it a"

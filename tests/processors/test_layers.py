@@ -116,3 +116,30 @@ def test_weights_for_every_block_of_flux():
 def test_choices_of_unets_are_refused_on_flux(unet_alone):
     with pytest.raises(ValueError, match="UNets"):
         layer_weights(unet_alone, FLUX)
+
+
+def test_blocks_of_flux_by_kind_and_depth():
+    """Of FLUX.1's 19 and 38 blocks, and of small ones: block i of n stands at (i + 1/2) / n."""
+
+    def names_of(layers, blocks):
+        return list(chosen(layers, blocks))
+
+    full = [f"transformer_blocks.{i}.attn" for i in range(19)]
+    full += [f"single_transformer_blocks.{i}.attn" for i in range(38)]
+    assert names_of("double", full) == full[:19] and names_of("single", full) == full[19:]
+    assert names_of("double 0-0.5", full) == full[:9]
+    assert names_of("double 0.5-1", full) == full[9:19]
+    assert names_of("single .25-0.75", full) == full[19 + 9 : 19 + 28]
+    assert names_of(["double 0-0.5", "single"], FLUX) == [FLUX[0], *FLUX[2:]]
+    weights = layer_weights({"double 0-0.5": 1.0, "single 0-0.5": 0.5, "double": 0.25}, FLUX)
+    assert list(weights.values()) == [1.25, 0.25, 0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "wrong", ["double 0.5-0.5", "single 0.9-1", "single 0-2", "double 0.8-0.6"]
+)
+def test_depths_that_select_nothing_are_refused(wrong):
+    with pytest.raises(ValueError, match="selects none of the"):
+        layer_weights({wrong: 1.0}, FLUX)
+    with pytest.raises(ValueError, match="and the model has none of them"):
+        layer_weights(wrong, XL)
