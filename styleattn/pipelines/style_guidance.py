@@ -78,14 +78,20 @@ def led(pipe: Any, aim: Aim) -> Iterator[None]:
         unet.register_forward_hook(leader.after),
     )
     try:
-        with (
-            frozen(unet, pipe.vae, aim.csd),
-            recomputed((*_layers(unet), *_layers(pipe.vae), *_blocks(aim.csd))),
-        ):
+        with lean(pipe, aim):
             yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def lean(pipe: Any, aim: Aim) -> Iterator[None]:
+    """Within: gradients through UNet, VAE and CSD keep little."""
+    unet, vae = pipe.unet, pipe.vae
+    layers = (*_layers(unet), *_layers(vae), *_blocks(aim.csd))
+    with frozen(unet, vae, aim.csd), recomputed(layers):
+        yield
 
 
 class _Leader:
@@ -115,38 +121,62 @@ class _Leader:
         self.busy = True
         try:
             mine = first_rows(inputs, batch, batch // chunks)
-            change = self._change(mine, first[: batch // chunks], alpha, chunks > 1)
+            change = guidance(
+                self.pipe,
+                self.aim,
+                mine,
+                first[: batch // chunks],
+                alpha,
+                self.schedule.prediction_type,
+                unconditional=chunks > 1,
+            )
         finally:
             self.busy = False
         result = first + torch.cat([change] * chunks).to(first.dtype)
         return (result, *output[1:]) if isinstance(output, tuple) else type(output)(sample=result)
 
-    def _change(
-        self, inputs: dict[str, Any], output: Tensor, alpha: float, unconditional: bool
-    ) -> Tensor:
-        kind, pipe = self.schedule.prediction_type, self.pipe
-        x = inputs["sample"].detach().float()
 
-        def shown(x: Tensor, output: Tensor) -> Tensor:
-            return blended(x, to_epsilon(output.float(), x, alpha, kind), alpha)
+def guidance(
+    pipe: Any,
+    aim: Aim,
+    inputs: Mapping[str, Any],
+    output: Tensor,
+    alpha: float,
+    kind: str = "epsilon",
+    *,
+    unconditional: bool = True,
+) -> Tensor:
+    """What one step's guidance adds to the network's output: see `led`.
 
-        pull = latent_gradient(pipe.vae, self.aim, shown(x, output))
-        largest = pull.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    Args:
+        inputs: of the UNet's call, by name; `sample` is [R, C, h, w].
+        output: [R, C, h, w], what it predicts for them.
+        alpha: the abar of the latents' noise level.
+        kind: of what the network predicts: "epsilon", "v_prediction" or "sample".
+        unconditional: whether the rows are the unconditional ones.
+    """
+    x = inputs["sample"].detach().float()
 
-        def denoise(x: Tensor) -> Tensor:
-            given = {**inputs, "sample": x.to(output.dtype), "return_dict": False}
-            found: Tensor = pipe.unet(**given)[0]
-            return found
+    def shown(x: Tensor, output: Tensor) -> Tensor:
+        return blended(x, to_epsilon(output.float(), x, alpha, kind), alpha)
 
-        timesteps = getattr(pipe.scheduler, "timesteps", None)
-        with (
-            differentiable(pipe, unconditional=unconditional, timesteps=timesteps),
-            torch.enable_grad(),
-        ):
-            leaf = x.requires_grad_()
-            # Scaled to 1: half precision would lose what is far below.
-            (found,) = torch.autograd.grad(shown(leaf, denoise(leaf)), leaf, pull / largest)
-        return as_prediction(math.sqrt(1 - alpha) * found * largest, alpha, kind)
+    pull = latent_gradient(pipe.vae, aim, shown(x, output))
+    largest = pull.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+
+    def denoise(x: Tensor) -> Tensor:
+        given = {**inputs, "sample": x.to(output.dtype), "return_dict": False}
+        found: Tensor = pipe.unet(**given)[0]
+        return found
+
+    timesteps = getattr(pipe.scheduler, "timesteps", None)
+    with (
+        differentiable(pipe, unconditional=unconditional, timesteps=timesteps),
+        torch.enable_grad(),
+    ):
+        leaf = x.requires_grad_()
+        # Scaled to 1: half precision would lose what is far below.
+        (found,) = torch.autograd.grad(shown(leaf, denoise(leaf)), leaf, pull / largest)
+    return as_prediction(math.sqrt(1 - alpha) * found * largest, alpha, kind)
 
 
 def blended(x: Tensor, epsilon: Tensor, alpha: float) -> Tensor:
