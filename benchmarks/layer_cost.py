@@ -148,11 +148,29 @@ def shared_layer(tokens: int, heads: int, rows: int) -> list[Cost]:
     ]
 
 
+def injected_layer(tokens: int, heads: int, rows: int) -> list[Cost]:
+    """StyleID between the projections: its authors blend and sharpen the query and copy the style's
+    keys and values to every row; and the operation."""
+    from styleattn import injected_attention
+
+    torch.manual_seed(0)
+    q, content = (torch.randn(rows, heads, tokens, HEAD) for _ in range(2))
+    k, v = (torch.randn(1, heads, tokens, HEAD) for _ in range(2))
+
+    def official() -> Tensor:
+        query = (0.75 * content + 0.25 * q) * 1.5
+        keys, values = (torch.cat([x] * rows) for x in (k, v))
+        return torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+
+    return [counted(official), counted(lambda: injected_attention(q, k, v, content_query=content))]
+
+
 def rows() -> Iterator[tuple[str, str, list[Cost]]]:
     """Every case: what it is, the layer, and the costs."""
     cases = {
         "IP-Adapter, 1 image": (1, 1, False),
         "IP-Adapter, 4 images": (1, 4, False),
+        "InstantStyle-Plus, content and style": (2, 1, False),
         "IP-Adapter, 3 adapters": (3, 1, False),
         "IP-Adapter, 2 images with masks": (1, 2, True),
     }
@@ -161,6 +179,7 @@ def rows() -> Iterator[tuple[str, str, list[Cost]]]:
             yield name, layer, cross_layer(tokens, heads, *case)
     layer = "1024 tokens, 20 heads"
     yield "StyleAligned, 2 pictures", layer, shared_layer(*SHAPES[layer], 2)
+    yield "StyleID, 2 pictures", layer, injected_layer(*SHAPES[layer], 2)
 
 
 def table() -> str:

@@ -35,6 +35,12 @@ def test_adain_moves_no_features():
     assert ours.moved < theirs.moved / 3
 
 
+def test_injection_copies_nothing():
+    theirs, ours = layer_cost.injected_layer(64, 2, 3)
+    assert ours.attentions == theirs.attentions == 1
+    assert ours.launches < theirs.launches and ours.moved < theirs.moved / 2
+
+
 @pytest.mark.slow
 def test_the_page_is_what_the_script_counts():
     assert layer_cost.table() in layer_cost.PAGE.read_text(encoding="utf-8")
