@@ -222,6 +222,18 @@ def instantx(blocks: int, embed: int, inner: int, out: int, tokens: int) -> Shap
     return {**shapes, **pair}
 
 
+def uso(embed: int, grid: int, tokens: int, out: int) -> Shapes:
+    """USO's projector of style pictures."""
+    found: Shapes = {}
+    for level in ("high", "mid", "low"):
+        stem = f"feature_embedder.{level}_"
+        found |= {f"{stem}embedding_linear.0.weight": (tokens, grid)}
+        found |= {f"{stem}embedding_linear.0.bias": (tokens,)}
+        found |= {f"{stem}layer_norm.weight": (embed,), f"{stem}layer_norm.bias": (embed,)}
+        found |= {f"{stem}projection.weight": (out, embed), f"{stem}projection.bias": (out,)}
+    return found
+
+
 def _three_linears(stem: str, into: int, width: int, out: int) -> Shapes:
     shapes: Shapes = {}
     for i, (a, b) in {0: (into, width), 3: (width, width), 6: (width, out)}.items():

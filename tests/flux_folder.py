@@ -30,12 +30,14 @@ def furnish(folder: Path) -> Path:
     random_flux.flux().save_pretrained(folder / "model")
     random_flux.fill().save_pretrained(folder / "fill")
     random_flux.siglip().save_pretrained(folder / "siglip")
+    random_flux.siglip(num_hidden_layers=20).save_pretrained(folder / "siglip-deep")
     random_flux.clip_vision().save_pretrained(folder / "clip")
     shapes = {"redux_up.weight": (48, 32), "redux_up.bias": (48,)}
     shapes |= {"redux_down.weight": (32, 48), "redux_down.bias": (32,)}
     files = {"redux": {n: 8 * t for n, t in checkpoints.noise(shapes).items()}}
     files["xlabs"] = checkpoints.noise(checkpoints.xlabs(2, 32, 32, 32, 4))
     files["instantx"] = checkpoints.noise(checkpoints.instantx(4, 32, 32, 32, 5))
+    files["uso"] = {n: 4 * t for n, t in checkpoints.noise(checkpoints.uso(32, 16, 3, 32)).items()}
     files["pulid"] = checkpoints.noise(checkpoints.pulid(2, **PULID))
     torch.manual_seed(3)
     lora = {f"transformer.{n}.lora_{x}.weight": torch.randn(4, 32) for n in LORA for x in "AB"}

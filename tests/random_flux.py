@@ -62,11 +62,11 @@ def t5() -> Any:
     return T5EncoderModel(config).eval()
 
 
-def siglip() -> Any:
+def siglip(**changes: Any) -> Any:
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     torch.manual_seed(6)
-    return SiglipVisionModel(SiglipVisionConfig(**VISION)).eval()
+    return SiglipVisionModel(SiglipVisionConfig(**{**VISION, **changes})).eval()
 
 
 def clip_vision() -> Any:

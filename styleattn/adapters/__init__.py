@@ -14,10 +14,12 @@ from .pulid_sdxl import PuLIDSDXLAdapter, load_pulid_sdxl
 from .redux import Redux, load_redux
 from .style_aware import StyleAwareEncoder, load_style_aware_encoder, style_patches
 from .styleshot import load_styleshot
+from .uso import USO, load_uso
 
 __all__ = [
     "CSD",
     "CSGO",
+    "USO",
     "DEADiff",
     "Encoder",
     "HostLayer",
@@ -40,6 +42,7 @@ __all__ = [
     "load_redux",
     "load_style_aware_encoder",
     "load_styleshot",
+    "load_uso",
     "read_identity",
     "read_tensors",
     "save_identity",

@@ -29,8 +29,9 @@ class Encoder:
         width: channels of the output that the adapter takes.
         output: "embeds" is the projected embedding [R, width]; "pooled" the pooler's output
             [R, width]; "hidden" the tokens [R, S, width] of `layer` before the last norm; "last"
-            the tokens after it.
-        layer: which of the tower's hidden states "hidden" means, as an index into them.
+            the tokens after it; "levels" several hidden states [R, L, S, width].
+        layer: which of the tower's hidden states "hidden" means, as an index into them; for
+            "levels" all of them.
         image_size: pixels of the square input.
         mean, std: of the normalisation per colour channel, of pixels in [0, 1].
         crop: resize the shorter side and crop the centre; False resizes both sides.
@@ -42,8 +43,8 @@ class Encoder:
 
     tower: str
     width: int
-    output: Literal["embeds", "pooled", "hidden", "last"]
-    layer: int | None = None
+    output: Literal["embeds", "pooled", "hidden", "last", "levels"]
+    layer: int | tuple[int, ...] | None = None
     image_size: int = 224
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD

@@ -27,6 +27,7 @@ from .style_aligned import StyleAligned
 from .style_injection import StyleID
 from .style_shot import StyleShot
 from .style_studio import StyleStudio, StyleStudioTeacher
+from .uso import USO
 from .visual_style_prompting import VisualStylePrompting
 from .weight_types import WEIGHT_TYPES, weight_type
 from .z_star import ZStar
@@ -52,6 +53,7 @@ _ALL = (
     PuLIDFLUX,
     AlignedGen,
     Redux,
+    USO,
     FillDiptych,
     InContext,
     EasyControl,
@@ -62,6 +64,7 @@ METHODS: dict[str, type[Any]] = {m.name: m for m in _ALL}
 __all__ = [
     "CSGO",
     "METHODS",
+    "USO",
     "WEIGHT_TYPES",
     "Adapter",
     "AlignedGen",

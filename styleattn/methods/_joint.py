@@ -186,6 +186,11 @@ class JointMethod(Described, Protocol):
 class ContextMethod(JointMethod, Protocol):
     """A joint method whose references are tokens next to the text, not rows of the batch."""
 
+    @property
+    def embedded(self) -> bool:
+        """Whether the tokens have the model's own width: they enter behind its text embedder."""
+        ...
+
     def context(self, embeds: Tensor) -> Tensor:
         """The tokens [P, M, C] of a reference's embeddings: made once."""
         ...

@@ -26,10 +26,10 @@ class InContext(PictureSettings):
         logit(i, j) += log s_XY    for a query i of X that sees a key j of Y
 
     X and Y are the image, the text and each picture. A strength of 1 is the model as it is, 0 takes
-    the keys away. (USO's style tokens, which join the text behind its projection, are no part of
-    it.) The strengths of a picture are times its weight, and its mask says where in the
+    the keys away. The strengths of a picture are times its weight, and its mask says where in the
     image it is seen (text sees the mask's mean). OminiControl's factor c on its condition is
-    `strength=c, sees_image=c`. No mask of all tokens by all tokens is made.
+    `strength=c, sees_image=c`. USO's style pictures are another method, `USO`. No mask of all
+    tokens by all tokens is made.
 
     Args:
         references: pictures: `image`, which the pipeline's VAE encodes in its own size, or in that

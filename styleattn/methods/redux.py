@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from styleattn.references import Layers, Reference, Steps
+from styleattn.references import Reference
 
-from ._base import Layer, Number, log, off
+from ._base import Number, log, off
 from ._facts import Facts
-from ._joint import JointCall, JointSettings, Parts, seen_by
+from ._joint import JointCall, seen_by
+from ._tokens import TokenSettings
 
 STRENGTH_BY = ("bias", "key_bias", "tokens")
 DOWNSAMPLE_BY = ("mixed", "area")
@@ -22,7 +22,7 @@ RESTYLING = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Redux(JointSettings):
+class Redux(TokenSettings):
     """FLUX.1 Redux with any number of pictures, each a segment of the joint attention.
 
         logit(i, j) += log s_r    for the tokens j of picture r, seen from any token i but its own
@@ -57,15 +57,10 @@ class Redux(JointSettings):
         resized grids: ComfyUI_AdvancedRefluxControl.
     """
 
-    adapter: Any = None
-    image_encoder: Any = None
-    strength: float = 1.0
     strength_by: str = "bias"
     downsample: float = 1.0
     downsample_by: str = "mixed"
     zero_prompt: bool = False
-    layers: Layers = "all"
-    steps: Steps = (0.0, 1.0)
 
     name: ClassVar[str] = "redux"
     NUMBERS: ClassVar[tuple[str, ...]] = ("strength",)
@@ -79,17 +74,13 @@ class Redux(JointSettings):
     )
 
     def __post_init__(self) -> None:
-        reasons = self._check("strength", "downsample")
-        if not reasons and self.strength < 0:
-            reasons.append(f"strength must not be negative, got {self.strength}")
+        reasons = self._strengths("downsample")
         if not reasons and self.downsample < 1:
             reasons.append(f"downsample must be at least 1, got {self.downsample}")
         reasons += self._wrong_flags("zero_prompt")
         for knob, known in (("strength_by", STRENGTH_BY), ("downsample_by", DOWNSAMPLE_BY)):
             if getattr(self, knob) not in known:
                 reasons.append(f"{knob} must be one of {known}, got {getattr(self, knob)!r}")
-        for i, r in enumerate(self.references or () if not reasons else ()):
-            reasons += self._reasons_against(i, r)
         self._refuse(reasons)
 
     @classmethod
@@ -103,45 +94,28 @@ class Redux(JointSettings):
 
         Args:
             image_prompt_strength: s; 0.1 is that API's default.
-            knobs: further ones; `strength` and `zero_prompt` are none of them.
+            knobs: further ones; not `strength`, `strength_by`, `zero_prompt`.
 
         Raises:
             ValueError: an image_prompt_strength outside [0, 1], knobs without a meaning here.
         """
         taken = [k for k in ("strength", "strength_by", "zero_prompt") if k in knobs]
+        reasons = [f"{', '.join(taken)} have no place here"] if taken else []
         s = image_prompt_strength
-        if taken or isinstance(s, bool) or not isinstance(s, (int, float)) or not 0 <= s <= 1:
-            raise ValueError(
-                f"Redux.restyling: image_prompt_strength must lie in [0, 1], got {s!r}"
-                + (f"; it stands for {', '.join(taken)}" if taken else "")
-            )
+        if isinstance(s, bool) or not isinstance(s, (int, float)) or not 0 <= s <= 1:
+            reasons.append(f"image_prompt_strength must lie in [0, 1], got {s!r}")
+        if reasons:
+            raise ValueError(f"Redux.restyling: {'; '.join(reasons)}")
         return cls(strength=float(s), **knobs)
 
-    def _reasons_against(self, index: int, reference: Reference) -> list[str]:
+    def _against(self, index: int, reference: Reference) -> list[str]:
+        found = super()._against(index, reference)
         x: Any = reference.embeds
-        if x is None and reference.image is not None:
-            lacking = f"references[{index}].image needs an adapter that makes its tokens"
-            return [] if self.adapter is not None else [lacking]
-        if not isinstance(x, Tensor) or x.ndim not in (2, 3) or not x.is_floating_point():
-            got = list(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            return [f"references[{index}].embeds must be [M, C] or [P, M, C], got {got}"]
-        side = math.isqrt(x.shape[-2])
-        if self.downsample > 1 and side * side != x.shape[-2]:
+        if found or x is None or self.downsample <= 1:
+            return found
+        if math.isqrt(x.shape[-2]) ** 2 != x.shape[-2]:
             return [f"references[{index}]: downsample needs a square of tokens, not {x.shape[-2]}"]
         return []
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain data. Files and folders stay; objects (an adapter, an encoder,
-        pictures, tensors) are no settings and become None: put them back after `from_dict`."""
-        data = super().to_dict()
-        for knob in ("adapter", "image_encoder"):
-            value = getattr(self, knob)
-            data[knob] = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-        return data
-
-    def takes(self, layer: Layer) -> bool:
-        """Every chosen layer."""
-        return True
 
     def context(self, embeds: Tensor) -> Tensor:
         """The tokens [P, M, C] of a picture, on the smaller grid where one is wanted."""
@@ -161,18 +135,6 @@ class Redux(JointSettings):
     def weighed(self, tokens: Tensor, strength: Number) -> Tensor:
         """The tokens times their strength, where that is how it acts."""
         return tokens * (strength * self.strength) if self.strength_by == "tokens" else tokens
-
-    def joint_attention(self, call: JointCall, parts: Parts) -> Parts:
-        """The layer's attention with the pictures at their strengths."""
-        changed = dict(parts)
-        for r, run in enumerate(call.runs):
-            if run is None:
-                continue
-            for name, part in changed.items():
-                rows = None if name == run else call.serves[r]
-                bias = self._bias(call, r, name)
-                changed[name] = part.changed(run, logit_bias=bias, rows=rows)
-        return changed
 
     def _bias(self, call: JointCall, reference: int, part: str) -> Number:
         """On the logits of a picture's tokens, for the queries of a run."""

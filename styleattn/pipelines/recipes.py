@@ -158,6 +158,8 @@ FLUX_RECIPES: dict[str, Recipe] = {
     "visual_style_prompting": Recipe(),
     "reference_only": Recipe(defaults={"inversion": "noise"}),
     "redux": Recipe(roles=(), shown=True),
+    # Its LoRA comes with --lora.
+    "uso": Recipe(roles=(), shown=True, defaults={"steps": 25, "guidance": 4.0}),
     "ip_adapter": Recipe(roles=(), shown=True),
     "instant_style": Recipe(roles=(), shown=True),
     # Its faces come in files of identities: --set identity=FILE.

@@ -29,7 +29,8 @@ from ._flux_attention import OURS, JointSite
 from ._flux_blocks import BlockPlace, hook, unhook
 from ._flux_panels import PanelOrder, Panels
 from ._flux_places import Moved, share_of
-from ._flux_rows import FluxRowMaker, images_of_prompts, without_control, without_prompts
+from ._flux_rows import FluxRowMaker, images_of_prompts, without_control
+from ._flux_tokens import put_in, served, with_tokens
 from ._prompts import Prompts
 
 PARAMETERS = tuple(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
@@ -52,6 +53,7 @@ class FluxNow(Now):
         time: the noise level, 1 to 0.
         moved: the rotary positions of the image tokens, moved by heights and widths of the image.
         panels: how the image tokens were put in order, where a method parts the image.
+        embedded: tokens of the model's own width, and where in the text they stand.
     """
 
     lengths: Mapping[str, int] | None = None
@@ -60,6 +62,7 @@ class FluxNow(Now):
     time: Number = 1.0
     moved: Any = None
     panels: Panels | None = None
+    embedded: tuple[tuple[int, Tensor], ...] = ()
 
 
 class FluxController(Controller):
@@ -158,7 +161,7 @@ class FluxController(Controller):
                         None if r.mask is None else self.share(r.mask, device) for r in references
                     ),
                     now.runs[index],
-                    tuple(_served(r, now) for r in references) if context else (),
+                    tuple(served(r, now) for r in references) if context else (),
                     now.time,
                     now.moved,
                     self.backend,
@@ -199,7 +202,9 @@ class FluxController(Controller):
         ids = inputs["img_ids"]
         ids = ids[0] if ids.ndim == 3 else ids
         lengths = {"text": text.shape[1]}
-        inputs, runs = self._extend(inputs, lengths, gates, weights, rows, added, each)
+        inputs, runs, embedded = with_tokens(
+            self, inputs, lengths, (gates, weights), rows, (added, each)
+        )
         lengths["image"] = made
         if made != image.shape[1]:
             lengths["reference"] = image.shape[1] - made
@@ -216,6 +221,7 @@ class FluxController(Controller):
             level / 1000,
             Moved(module, ids[:made]),
             panels,
+            embedded,
         )
         return (), inputs
 
@@ -240,11 +246,19 @@ class FluxController(Controller):
         """Processors and hooks, those behind blocks too."""
         super().install(model)
         self._hooks += hook(self.places)
+        if any(getattr(m, "embedded", False) for m in self.methods):
+            embedder: Any = model.context_embedder
+            self._hooks.append(embedder.register_forward_hook(self.behind_embedder))
 
     def uninstall(self, model: torch.nn.Module) -> None:
         """Nothing of it is left."""
         super().uninstall(model)
         unhook(self.places)
+
+    def behind_embedder(self, module: torch.nn.Module, args: Any, output: Tensor) -> Any:
+        """Forward hook of the text embedder: the tokens that have the model's own width."""
+        now = self.now
+        return put_in(output, now.embedded) if isinstance(now, FluxNow) else None
 
     def _schedule(self, timestep: Any, caller: Caller) -> Any:
         """Weights at this step; those that are neither 0 nor 1 as tensors, so that compiled blocks
@@ -305,45 +319,6 @@ class FluxController(Controller):
             self._known_ids = known = (weakref.ref(ids), ids._version, count)
         return known[2]
 
-    def _extend(
-        self,
-        inputs: dict[str, Any],
-        lengths: dict[str, int],
-        gates: tuple[Number, ...],
-        weights: tuple[tuple[Number, ...], ...],
-        rows: Rows,
-        added: int,
-        each: int,
-    ) -> tuple[dict[str, Any], tuple[tuple[str | None, ...], ...]]:
-        """The call with the tokens of context methods behind the text: of references that can be
-        seen at this step, and not in the unconditional call."""
-        silent = any(getattr(m, "zero_prompt", False) for m in self.methods)
-        if silent and not rows.unconditional[0]:
-            inputs = without_prompts(inputs, added)
-        text, ids = inputs["encoder_hidden_states"], inputs["txt_ids"]
-        more, runs = [], []
-        for i, contexts in enumerate(self.contexts):
-            names: list[str | None] = [None] * len(self.references[i])
-            for r, tokens in enumerate(contexts):
-                weight = self.references[i][r].weight
-                strength = 0.0 if off(gates[i]) or off(weights[i][r]) or off(weight) else 1.0
-                if rows.unconditional[0] or off(strength):
-                    continue
-                found = tokens.to(text.device, text.dtype)
-                found = self.methods[i].weighed(found, weight * gates[i] * weights[i][r])
-                more.append(_spread(found, rows.count, added, each, self.methods[i].name))
-                names[r] = f"{self.methods[i].name} {i}.{r}"
-                lengths[names[r]] = tokens.shape[1]  # type: ignore[index]
-            runs.append(tuple(names))
-        if not more:
-            return inputs, tuple(runs)
-        further = ids.new_zeros(*ids.shape[:-2], sum(m.shape[1] for m in more), ids.shape[-1])
-        return {
-            **inputs,
-            "encoder_hidden_states": torch.cat([text, *more], 1),
-            "txt_ids": torch.cat([ids, further], -2),
-        }, tuple(runs)
-
 
 def _varying(weight: Number) -> Number:
     fixed = isinstance(weight, Tensor) or weight in (0.0, 1.0)
@@ -361,34 +336,3 @@ def _from_running(
     negative = scope.get("negative_prompt_embeds")
     timesteps = getattr(owner.scheduler, "timesteps", None)
     return Caller(1, images, (text is negative,), timesteps), scope.get("t")
-
-
-def _served(reference: Reference, now: FluxNow) -> Tensor | None:
-    """The rows of a reference's run, one for every row of the call; -1 where it is not seen, as by
-    a bank's references. None: every row sees its own."""
-    prompts, found = reference.prompts, []
-    if prompts is None and not now.added:
-        return None
-    for b in range(now.rows.count):
-        prompt = (b - now.added) // now.each
-        seen = prompt >= 0 and (prompts is None or prompt in prompts)
-        found.append(b if seen else -1)
-    return torch.tensor(found)
-
-
-def _spread(tokens: Tensor, batch: int, added: int, each: int, name: str) -> Tensor:
-    """[B, M, C]: tokens of one picture, or of one per prompt, for every row; the rows that a bank
-    added, which do not see them, carry the first.
-
-    Raises:
-        ValueError: another number of pictures.
-    """
-    if tokens.shape[0] == 1:
-        return tokens.expand(batch, -1, -1)
-    if tokens.shape[0] * each != batch - added:
-        raise ValueError(
-            f"{name}: embeddings of {tokens.shape[0]} pictures for {(batch - added) // each}"
-            " prompts; give one picture, or one per prompt"
-        )
-    first = tokens[:1].expand(added, -1, -1)
-    return torch.cat([first, tokens.repeat_interleave(each, 0)])

@@ -312,8 +312,8 @@ class Eye:
             return seen[0].float().cpu()
         with torch.no_grad():
             out = tower(pixels.to(device, weight.dtype), output_hidden_states=True)
-        if spec.output == "hidden":
-            found = out.hidden_states[-2 if spec.layer is None else spec.layer]
+        if spec.output in ("hidden", "levels"):
+            found = _states(out.hidden_states, -2 if spec.layer is None else spec.layer)
         else:
             names = {
                 "embeds": "image_embeds",
@@ -329,6 +329,17 @@ class Eye:
             )
         result: Tensor = found[0].float().cpu()
         return result
+
+
+def _states(states: Any, layer: int | tuple[int, ...]) -> Tensor | None:
+    """Hidden states [1, S, width], several [1, L, S, width]; None from a tower of fewer layers."""
+    wanted = layer if isinstance(layer, tuple) else (layer,)
+    if not all(-len(states) <= i < len(states) for i in wanted):
+        return None
+    if isinstance(layer, int):
+        one: Tensor = states[layer]
+        return one
+    return torch.stack([states[i] for i in layer], 1)
 
 
 def _side(tower: Any, spec: Encoder) -> int:

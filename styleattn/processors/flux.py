@@ -12,7 +12,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor
 
-from styleattn.adapters import load_redux
+from styleattn.adapters import load_redux, load_uso
 from styleattn.methods import Layer
 from styleattn.methods._blocks import BlockMethod
 from styleattn.methods._images import Images
@@ -36,6 +36,8 @@ from ._rows import references_in_rows
 
 SUPPORTED = "FluxTransformer2DModel (pipelines of FLUX.1)"
 COMPONENT = "transformer"
+LOADERS = {"redux": load_redux, "uso": load_uso}
+"""What reads the adapter file of a method with tokens next to the text."""
 TAKES = (JointMethod, Images, BlockMethod)
 
 
@@ -223,14 +225,16 @@ def _contexts(
     adapter: Any = getattr(method, "adapter", None)
     if isinstance(adapter, (str, os.PathLike)):
         dtype = model.dtype
-        adapter = kept_adapter(method, (dtype,), lambda path: load_redux(path, dtype=dtype))
+        read = LOADERS[method.name]
+        adapter = kept_adapter(method, (dtype,), lambda path: read(path, dtype=dtype))
     found = []
     for r in references:
         tokens = method.context(_embeds(method, adapter, r, pipe))
-        if tokens.shape[-1] != config.joint_attention_dim:
+        width = model.inner_dim if method.embedded else config.joint_attention_dim
+        if tokens.shape[-1] != width:
+            whose = "embedded prompts" if method.embedded else "prompts"
             raise ValueError(
-                f"{method.name}: embeds are {tokens.shape[-1]} wide, the model's prompts"
-                f" {config.joint_attention_dim}"
+                f"{method.name}: embeds are {tokens.shape[-1]} wide, the model's {whose} {width}"
             )
         found.append(tokens)
     return tuple(found)
@@ -244,7 +248,8 @@ def _embeds(method: Any, adapter: Any, reference: Reference, pipe: Any) -> Tenso
     seen = Eye(method, adapter, pipe).embeds(reference)
     weight = next(adapter.parameters())
     with torch.no_grad():
-        tokens: Tensor = adapter.tokens((seen[None] if seen.ndim == 2 else seen).to(weight.device))
+        one = seen.ndim == (3 if adapter.encoder.output == "levels" else 2)
+        tokens: Tensor = adapter.tokens((seen[None] if one else seen).to(weight.device))
     return tokens
 
 

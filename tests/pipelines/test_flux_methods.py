@@ -31,6 +31,13 @@ GIVEN = {
         "--image-encoder",
         "{place}/siglip",
     ],
+    "uso": [
+        *PICTURE,
+        "--adapter",
+        "{place}/uso.safetensors",
+        "--image-encoder",
+        "{place}/siglip-deep",
+    ],
     "ip_adapter": [*SHOWN, "--set", "scale=3"],
     "instant_style": [*SHOWN, "--set", 'blocks={"transformer_blocks.0": 3.0}'],
     "pulid_flux": [

@@ -42,6 +42,7 @@ def made(name, files):
     }
     knobs = {
         "redux": {"references": (Reference(embeds=TOKENS, weight=3.0),)},
+        "uso": {"references": (Reference(embeds=4 * TOKENS, weight=3.0),)},
         "ip_adapter": shown,
         "instant_style": {**shown, "blocks": {"transformer_blocks.1": 3.0}},
         "in_context": {"references": (PICTURE,)},

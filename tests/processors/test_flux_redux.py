@@ -267,7 +267,7 @@ def test_restyling():
     for bad in ({"image_prompt_strength": 1.5}, {"image_prompt_strength": True}):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
             Redux.restyling(**bad)
-    with pytest.raises(ValueError, match="stands for strength, zero_prompt"):
+    with pytest.raises(ValueError, match="strength, zero_prompt have no place"):
         Redux.restyling(strength=1.0, zero_prompt=True)
 
 
