@@ -8,7 +8,7 @@ namespace STYLEATTN_ISA {
 template <int degree>
 STYLEATTN_INLINE Vec::F exp2_vec(Vec::F x) {
   static_assert(degree == 4 || degree == 5, "no coefficients");
-  x = Vec::max(Vec::set1(-127.0f), x);
+  x = Vec::in_range(x);
   const Vec::F n = Vec::round(x);
   const Vec::F f = Vec::sub(x, n);
   Vec::F p;

@@ -259,6 +259,7 @@ struct Tile {
     const Vec::F scale = Vec::set1(factor), offset = Vec::set1(s.bias[i] - (s.max[i] == -INFINITY ? 0.0f : s.max[i]));
     Vec::F total = Vec::set1(0.0f);
     Element* out = (Element*)score;
+#pragma GCC unroll 1
     for (int j = 0; j < vectors; ++j) {
       Vec::F x = Vec::fma(Vec::load(score + j * Vec::width), scale, offset);
       if (biased) x = Vec::add(x, Vec::load(bias + j * Vec::width));

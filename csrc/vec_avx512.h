@@ -31,9 +31,9 @@ struct Vec {
   STYLEATTN_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   STYLEATTN_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }  // b where either is NaN
   STYLEATTN_INLINE F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  STYLEATTN_INLINE F scale2(F x, F n) {  // x * 2^n for whole -127 <= n <= 0; 2^-127 counts as zero
-    const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-    return _mm512_mul_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23)));
+  STYLEATTN_INLINE F in_range(F x) { return x; }
+  STYLEATTN_INLINE F scale2(F x, F n) {  // x * 2^n for whole n <= 0; zero below 2^-126
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, set1(-126.0f), _CMP_NLT_UQ), x, n);
   }
   STYLEATTN_INLINE float reduce_add(F x) { return _mm512_reduce_add_ps(x); }
   STYLEATTN_INLINE float reduce_max(F x) { return _mm512_reduce_max_ps(x); }

@@ -34,7 +34,8 @@ struct Vec {
     const F magic = set1(12582912.0f);
     return (x + magic) - magic;
   }
-  STYLEATTN_INLINE F scale2(F x, F n) {  // x * 2^n for whole -127 <= n <= 0; 2^-127 counts as zero
+  STYLEATTN_INLINE F in_range(F x) { return max(set1(-127.0f), x); }  // what scale2 is good for
+  STYLEATTN_INLINE F scale2(F x, F n) {  // x * 2^n for whole -127 <= n <= 0; zero below 2^-126
     const F magic = set1(12582912.0f);  // leaves n in the low bits of the sum
     return x * (F)(((U)(n + magic) + 127u) << 23);
   }

@@ -65,6 +65,7 @@ typedef uint16_t __mmask16;
 #define _MM_FROUND_TO_NEAREST_INT 0
 #define _MM_FROUND_NO_EXC 8
 #define _CMP_UNORD_Q 3
+#define _CMP_NLT_UQ 5
 
 EMULATED __m512 _mm512_set1_ps(float x) { return __m512{} + x; }
 EMULATED __m512 _mm512_loadu_ps(const void* p) { return emulated::load<__m512>(p); }
@@ -97,15 +98,17 @@ EMULATED __m512i _mm512_slli_epi32(__m512i x, int n) { return (__m512i)((emulate
 EMULATED __m512i _mm512_srli_epi32(__m512i x, int n) { return (__m512i)((emulated::U16)x >> n); }
 EMULATED __m512i _mm512_castps_si512(__m512 x) { return (__m512i)x; }
 EMULATED __m512 _mm512_castsi512_ps(__m512i x) { return (__m512)x; }
-EMULATED __m512i _mm512_cvtps_epi32(__m512 x) {
-  __m512i n;
-  for (int i = 0; i < 16; ++i) n[i] = fabsf(x[i]) < 2147483648.0f ? int32_t(nearbyintf(x[i])) : INT32_MIN;
-  return n;
+EMULATED __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int what) {
+  __mmask16 mask = 0;
+  for (int i = 0; i < 16; ++i) {
+    const bool unordered = a[i] != a[i] || b[i] != b[i];
+    mask |= uint16_t((what == _CMP_UNORD_Q ? unordered : !(a[i] < b[i])) << i);
+  }
+  return mask;
 }
-EMULATED __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int) {
-  __mmask16 unordered = 0;
-  for (int i = 0; i < 16; ++i) unordered |= uint16_t((a[i] != a[i] || b[i] != b[i]) << i);
-  return unordered;
+EMULATED __m512 _mm512_maskz_scalef_ps(__mmask16 mask, __m512 a, __m512 b) {
+  for (int i = 0; i < 16; ++i) a[i] = mask >> i & 1 ? (b[i] == b[i] ? ldexpf(a[i], int(floorf(b[i]))) : b[i]) : 0.0f;
+  return a;
 }
 EMULATED __m512i _mm512_mask_blend_epi32(__mmask16 mask, __m512i a, __m512i b) {
   for (int i = 0; i < 16; ++i) a[i] = mask >> i & 1 ? b[i] : a[i];
