@@ -1,10 +1,10 @@
-"""Whole FLUX transformers as Black Forest Labs, PuLID and XLabs publish them, against our methods
-on diffusers' of the same random weights.
+"""Whole FLUX transformers as Black Forest Labs, PuLID, XLabs and USO publish them, against our
+methods on diffusers' of the same random weights.
 
 Nothing is downloaded: each test wants a checkout of the official repository, named by an
 environment variable (and einops), and is skipped without it.
 
-    OFFICIAL_FLUX=... OFFICIAL_PULID=... OFFICIAL_X_FLUX=... \\
+    OFFICIAL_FLUX=... OFFICIAL_PULID=... OFFICIAL_X_FLUX=... OFFICIAL_USO=... \\
         python -m pytest tests/external/test_flux_models.py -s
 """
 
@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import checkpoints
@@ -26,8 +27,8 @@ from random_flux import TEXT, TOKENS, relative
 from safetensors.torch import save_file
 from torch import Tensor
 
-from styleattn.adapters import load_flux_ip_adapter, load_pulid
-from styleattn.methods import FillDiptych, IPAdapter, PuLIDFLUX, Redux
+from styleattn.adapters import load_flux_ip_adapter, load_pulid, load_uso
+from styleattn.methods import USO, FillDiptych, InContext, IPAdapter, PuLIDFLUX, Redux
 from styleattn.processors import apply
 from styleattn.processors.flux import joint_attention_layers
 from styleattn.references import Reference
@@ -57,7 +58,7 @@ def imported(variable: str, folder: str, *names: str) -> Iterator[list[Any]]:
     finally:
         sys.path.pop(0)
         for name in set(sys.modules) - before:
-            if name.split(".")[0] in ("flux", "pulid", "eva_clip"):
+            if name.split(".")[0] in ("flux", "pulid", "eva_clip", "uso"):
                 del sys.modules[name]
 
 
@@ -81,8 +82,9 @@ def official(model: Any, module: Any) -> Any:
     }
     names = module.FluxParams.__dataclass_fields__
     made = module.Flux(module.FluxParams(**{n: x for n, x in known.items() if n in names})).eval()
-    missing = made.load_state_dict(renamed(model), strict=True)
-    assert not missing.missing_keys
+    found = made.load_state_dict(renamed(model), strict=False)
+    missing = [n for n in found.missing_keys if not n.startswith("feature_embedder.")]  # USO's
+    assert not missing and not found.unexpected_keys
     return made
 
 
@@ -229,3 +231,42 @@ def test_xlabs(tmp_path: Path) -> None:
     shown = (Reference(embeds=seen, negative=torch.zeros(32), weight=0.7),)
     close("XLabs", ours(model, x, IPAdapter(adapter=adapter, references=shown)), expected)
     assert relative(ours(model, x), expected) > 1e-3
+
+
+def test_uso(tmp_path: Path) -> None:
+    """Two style pictures before the text, a content picture behind the image, below and right."""
+    model = random_flux.transformer()
+    tensors = checkpoints.noise(checkpoints.uso(32, 16, 3, 32))
+    save_file(tensors, tmp_path / "uso.safetensors")
+    x = random_flux.inputs(batch=2, grid=GRID)
+    levels = torch.randn(2, 3, 16, 32)
+    latents = torch.randn(1, 4, 6)
+    with imported("OFFICIAL_USO", "", "uso.flux.model", "uso.flux.modules.layers") as (
+        module,
+        parts,
+    ):
+        flux = official(model, module)
+        embedder = parts.SigLIPMultiFeatProjModel(16, 3, 32, 32, context_layer_norm=True)
+        own = "feature_embedder."
+        embedder.load_state_dict({n.removeprefix(own): t for n, t in tensors.items()})
+        flux.feature_embedder = embedder
+
+        def tower(index: int, output_hidden_states: bool) -> Any:
+            states = dict(zip((-2, -11, -20), levels[index : index + 1].unbind(1), strict=True))
+            return SimpleNamespace(
+                hidden_states={i: s.expand(2, -1, -1) for i, s in states.items()}
+            )
+
+        flux.vision_encoder = tower
+        cells = latents.reshape(1, 2, 2, 3, 2).permute(1, 3, 0, 2, 4).reshape(1, 6, 4)
+        rows, columns = torch.meshgrid(torch.arange(2) + 3, torch.arange(3) + 4, indexing="ij")
+        ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(1, 6, 3).float()
+        pictures = [{"index": 0}, {"index": 1}]
+        beside = {"ref_img": [cells.expand(2, -1, -1)], "ref_img_ids": [ids.expand(2, -1, -1)]}
+        expected = theirs(flux, x, siglip_inputs=pictures, **beside)
+    adapter = load_uso(tmp_path / "uso.safetensors")
+    style = USO(adapter=adapter, references=tuple(Reference(embeds=one) for one in levels))
+    content = InContext(references=(Reference(latents=latents),), positions="diagonal")
+    close("USO", ours(model, x, style, content), expected)
+    assert relative(ours(model, x, content), expected) > 1e-3
+    assert relative(ours(model, x, style), expected) > 1e-3
