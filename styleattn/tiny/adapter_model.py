@@ -20,7 +20,7 @@ from styleattn.adapters import ImageAdapter
 from styleattn.adapters._adapter import KeyValue, siglip
 from styleattn.adapters.flux_ip_adapter import MlpProjection
 
-from .drawings import SIZE
+from .drawings import CONTENTS, EDGES, PALETTES, SIZE, TEXTURES
 from .flux_model import T5_WIDTH, TRANSFORMER
 from .flux_sharing import projected, rotated
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import SiglipVisionModel
 
 WIDTH, INNER, TOKENS = 64, 128, 8
+READ = (CONTENTS, TEXTURES, PALETTES, EDGES)
+"""What the heads read, in their order."""
 _HEAD_DIM = TRANSFORMER["attention_head_dim"]
 _CHANNELS = TRANSFORMER["num_attention_heads"] * _HEAD_DIM
 
@@ -68,17 +70,32 @@ def new_adapter() -> ImageAdapter:
 
 
 class ImagePrompts(nn.Module):
-    """What is trained: pictures [B, 3, 32, 32] in -1..1 to image tokens [B, M, C]."""
+    """What is trained: pictures [B, 3, 32, 32] in -1..1 to an embedding and image tokens
+    [B, M, C]; and the heads that read from the embedding what a picture shows, which make it tell
+    contents and styles apart, as encoders that were trained before do."""
 
     def __init__(self) -> None:
         super().__init__()
         self.encoder = new_image_encoder()
         self.adapter = new_adapter()
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, len(names)) for names in READ)
 
-    def forward(self, pictures: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    def embed(self, pictures: torch.Tensor) -> torch.Tensor:
+        """The encoder's pooled output [B, 64]."""
+        embeds: torch.Tensor = self.encoder(pictures).pooler_output
+        return embeds
+
+    def tokens(self, embeds: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """The tokens; where `seen` [B] is 0, those of no picture, an embedding of zeros."""
-        embeds = self.encoder(pictures).pooler_output
         return self.adapter.tokens(embeds * seen[:, None])
+
+    def misread(self, embeds: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """The cross-entropy of what the heads read, summed over them; classes [B, heads]."""
+        losses = [
+            F.cross_entropy(head(embeds), truth)
+            for head, truth in zip(self.heads, classes.T, strict=True)
+        ]
+        return torch.stack(losses).sum()
 
 
 @dataclass

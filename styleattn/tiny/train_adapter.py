@@ -3,7 +3,7 @@ styleattn.tiny.train_adapter --out DIR`; an interrupted run goes on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import load, training
-from .adapter_model import ImagePrompts, Shown, show_pictures
+from .adapter_model import READ, ImagePrompts, Shown, show_pictures
 from .captions import caption
 from .drawings import CONTENTS, STYLES, draw
 from .flux_model import image_ids, tokens_of, without_means
@@ -28,6 +28,8 @@ class Settings(training.Settings):
         same: share of the rows whose picture shows what is drawn, in the same style (drawn again);
             the others' picture shows another content in that style.
         unseen: share of the rows without a picture.
+        reading: weight of the loss of the heads that read from the embedding what the picture
+            shows.
         guidance: the embedded guidance scale that the model is told.
         compiled: run the blocks through `torch.compile`; the rounding differs from the eager run's.
     """
@@ -35,19 +37,22 @@ class Settings(training.Settings):
     shift: float = 2.5
     same: float = 1.0
     unseen: float = 0.1
+    reading: float = 0.02
     guidance: float = 3.0
     compiled: bool = False
 
 
 @dataclass
 class Batch:
-    """Clean tokens, noise, noise levels, prompts, the pictures shown and which rows see theirs."""
+    """Clean tokens, noise, noise levels, prompts; the pictures shown, their classes [B, 4] in the
+    order of `READ`, and which rows see theirs."""
 
     tokens: torch.Tensor
     noise: torch.Tensor
     levels: torch.Tensor
     prompts: list[str]
     pictures: torch.Tensor
+    classes: torch.Tensor
     seen: torch.Tensor
 
 
@@ -73,8 +78,19 @@ def make_batch(settings: Settings, step: int) -> Batch:
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     tokens = tokens_of(drawn)
     noise = torch.randn(tokens.shape, generator=generator)
-    told = torch.from_numpy(levels).float()
-    return Batch(tokens, noise, told, prompts, pictures, torch.from_numpy(seen).float())
+    classes = [
+        [names.index(name) for names, name in zip(READ, (CONTENTS[c], *astuple(s)), strict=True)]
+        for c, s in zip(shown, styles, strict=True)
+    ]
+    return Batch(
+        tokens,
+        noise,
+        torch.from_numpy(levels).float(),
+        prompts,
+        pictures,
+        torch.tensor(classes),
+        torch.from_numpy(seen).float(),
+    )
 
 
 def _as_pixels(arrays: list[np.ndarray]) -> torch.Tensor:
@@ -103,16 +119,19 @@ class Run(BaseRun):
 
     def loss(self) -> torch.Tensor:
         """The error of the velocity; and `detail` times what is left of the error without its mean
-        over the 4 x 4 pixels of a token."""
+        over the 4 x 4 pixels of a token, and `reading` times the error of the heads."""
         settings = self.settings
         batch = make_batch(settings, self.step)
         levels = batch.levels[:, None, None]
         noisy = (1 - levels) * batch.tokens + levels * batch.noise
-        self.shown.tokens = self.model(batch.pictures, batch.seen)
+        embeds = self.model.embed(batch.pictures)
+        self.shown.tokens = self.model.tokens(embeds, batch.seen)
         error = self._velocity(noisy, batch) - (batch.noise - batch.tokens)
         loss = error.square().mean()
         if settings.detail:
             loss = loss + settings.detail * without_means(error).square().mean()
+        if settings.reading:
+            loss = loss + settings.reading * self.model.misread(embeds, batch.classes)
         return loss
 
     def _velocity(self, noisy: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -19,7 +19,7 @@ from styleattn import Reference, apply, tiny
 from styleattn.methods import IPAdapter
 from styleattn.processors.flux import joint_attention_layers
 from styleattn.tiny import train_adapter
-from styleattn.tiny.adapter_model import ImagePrompts, block_names, save_image_prompts
+from styleattn.tiny.adapter_model import READ, ImagePrompts, block_names, save_image_prompts
 from styleattn.tiny.export import export_adapter
 from styleattn.tiny.train_adapter import Run, Settings, make_batch, train
 
@@ -83,8 +83,10 @@ def test_batches_show_what_is_drawn_or_another_content_in_its_style() -> None:
 
     same = make_batch(Settings(batch=8, same=1.0, dropped=0.0, styled=0.0, unseen=0.0), 1)
     assert same.seen.all() and all(same.prompts)
-    for reading, prompt in zip(shown(same), same.prompts, strict=True):
+    for reading, prompt, classes in zip(shown(same), same.prompts, same.classes, strict=True):
         assert reading.content in prompt
+        seen = (reading.content, reading.texture, reading.palette, reading.edge)
+        assert seen == tuple(names[c] for names, c in zip(READ, classes, strict=True))
     other = make_batch(Settings(batch=8, same=0.0, dropped=0.0, styled=1.0, unseen=0.5), 1)
     assert 0 < other.seen.sum() < 8
     for reading, prompt in zip(shown(other), other.prompts, strict=True):
@@ -121,7 +123,7 @@ def test_training_sees_pictures_as_the_method_does(run: Run, tmp_path: Path) -> 
     with torch.no_grad():
         run.shown.tokens = None
         plain = run._velocity(batch.noise, batch)
-        tokens = run.model(pixels, torch.ones(1))
+        tokens = run.model.tokens(run.model.embed(pixels), torch.ones(1))
         run.shown.tokens = tokens.expand(2, -1, -1)
         trained = run._velocity(batch.noise, batch)
         pipe = tiny.load("tiny-flux")
@@ -144,10 +146,19 @@ def test_training_sees_pictures_as_the_method_does(run: Run, tmp_path: Path) -> 
 def test_a_row_without_a_picture_sees_an_embedding_of_zeros(run: Run) -> None:
     pictures = make_batch(SMALL, 0).pictures[:2]
     with torch.no_grad():
-        first, second = run.model(pictures, torch.tensor([1.0, 0.0]))
+        first, second = run.model.tokens(run.model.embed(pictures), torch.tensor([1.0, 0.0]))
         blank = run.model.adapter.tokens(torch.zeros(1, 64))[0]
     torch.testing.assert_close(second, blank, rtol=1e-5, atol=1e-6)
     assert (first - blank).abs().max() > 1e-2
+
+
+def test_the_heads_are_wrong_by_the_cross_entropy_of_each(run: Run) -> None:
+    embeds, classes = torch.randn(3, 64), torch.tensor([[0, 5, 2, 1]] * 3)
+    with torch.no_grad():
+        found = run.model.misread(embeds, classes)
+        logs = [torch.log_softmax(head(embeds), -1) for head in run.model.heads]
+    wanted = -sum(log[:, c].mean() for log, c in zip(logs, classes[0], strict=True))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_a_run_is_exported_with_its_averaged_weights(tmp_path: Path) -> None:
