@@ -4,25 +4,24 @@
 namespace styleattn {
 namespace STYLEATTN_ISA {
 
-// 2^x for x <= 0 (a few ulp above is fine); 0 below 2^-126; NaN stays NaN. Minimax on [-1/2, 1/2] with p(0) = 1.
+// 2^x for x <= 0 (a few ulp above is fine); 0 below 2^-126; NaN stays NaN. Minimax on [0, 1] with p(0) = 1.
 template <int degree>
 STYLEATTN_INLINE Vec::F exp2_vec(Vec::F x) {
   static_assert(degree == 4 || degree == 5, "no coefficients");
   x = Vec::in_range(x);
-  const Vec::F n = Vec::round(x);
-  const Vec::F f = Vec::sub(x, n);
+  const Vec::F f = Vec::fraction(x);
   Vec::F p;
   if (degree == 5) {
-    p = Vec::fma(Vec::set1(0.00132647273f), f, Vec::set1(0.00967151299f));
-    p = Vec::fma(p, f, Vec::set1(0.0555073358f));
-    p = Vec::fma(p, f, Vec::set1(0.240222424f));
-    p = Vec::fma(p, f, Vec::set1(0.693147004f));
+    p = Vec::fma(Vec::set1(0.00186713005f), f, Vec::set1(0.00901703071f));
+    p = Vec::fma(p, f, Vec::set1(0.0557999127f));
+    p = Vec::fma(p, f, Vec::set1(0.240164444f));
+    p = Vec::fma(p, f, Vec::set1(0.693151295f));
   } else {
-    p = Vec::fma(Vec::set1(0.00958285294f), f, Vec::set1(0.0559064262f));
-    p = Vec::fma(p, f, Vec::set1(0.240240991f));
-    p = Vec::fma(p, f, Vec::set1(0.693124175f));
+    p = Vec::fma(Vec::set1(0.0134266838f), f, Vec::set1(0.0522424728f));
+    p = Vec::fma(p, f, Vec::set1(0.241280198f));
+    p = Vec::fma(p, f, Vec::set1(0.693044841f));
   }
-  return Vec::scale2(Vec::fma(p, f, Vec::set1(1.0f)), n);
+  return Vec::scale2(Vec::fma(p, f, Vec::set1(1.0f)), x);
 }
 
 // Vectors are cut into panels of nearly equal size, at most Vec::tile_vectors wide.
@@ -35,7 +34,8 @@ STYLEATTN_INLINE Panels cut(int vectors) {
   return Panels{count, vectors / count, vectors % count};
 }
 
-// One micro-tile, summed from zero and then added to c: short chains of additions lose less than one long chain. a: [rows, depth * pair], lda in elements; b: [depth][vectors * width][pair]; c: [rows, ..], ldc.
+// One micro-tile, summed from zero and then added to c: short chains of additions lose less than one long chain.
+// a: [rows, depth * pair], lda in elements; b: [depth][vectors * width][pair]; c: [rows, ..], ldc.
 template <class Dot, int vectors, int rows>
 STYLEATTN_INLINE void micro_tile(const typename Dot::Element* a, int64_t lda, const typename Dot::Element* b, int depth,
                                  float* c, int64_t ldc, bool accumulate) {

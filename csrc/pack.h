@@ -65,7 +65,8 @@ static void convert_row(const float* x, int64_t n, typename Dot::Element* out) {
   for (int64_t d = 0; d < n; d += Vec::width) Dot::store(out + d, Vec::load(x + d));
 }
 
-// Keys and values begin .. end - 1, and from the first of them the mean key (see Tile::add_row_terms); masked ones become zeros, so that whatever they hold (NaN too) cannot reach a result.
+// Keys and values begin .. end - 1, and from the first of them the mean key (see Tile::add_row_terms); masked ones become
+// zeros, so that whatever they hold (NaN too) cannot reach a result.
 template <class Dot>
 static void pack(const Call& call, const Source& source, int64_t slot, int64_t head, int64_t begin, int64_t end, char* scratch) {
   typedef typename Dot::Element Element;

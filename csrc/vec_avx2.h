@@ -26,11 +26,12 @@ struct Vec {
   STYLEATTN_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   STYLEATTN_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   STYLEATTN_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }  // b where either is NaN
-  STYLEATTN_INLINE F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  STYLEATTN_INLINE F in_range(F x) { return max(set1(-127.0f), x); }  // what scale2 is good for
-  STYLEATTN_INLINE F scale2(F x, F n) {  // x * 2^n for whole -127 <= n <= 0; zero below 2^-126
-    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-    return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  STYLEATTN_INLINE F floor(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  STYLEATTN_INLINE F in_range(F x) { return max(set1(-127.0f), x); }  // what scale2 takes
+  STYLEATTN_INLINE F fraction(F x) { return sub(x, floor(x)); }
+  STYLEATTN_INLINE F scale2(F y, F x) {  // y * 2^floor(x) for -127 <= x <= 0, zero for x < -126
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(floor(x)), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
   STYLEATTN_INLINE float reduce_add(F x) {
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

@@ -30,10 +30,10 @@ struct Vec {
   STYLEATTN_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   STYLEATTN_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   STYLEATTN_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }  // b where either is NaN
-  STYLEATTN_INLINE F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   STYLEATTN_INLINE F in_range(F x) { return x; }
-  STYLEATTN_INLINE F scale2(F x, F n) {  // x * 2^n for whole n <= 0; zero below 2^-126
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, set1(-126.0f), _CMP_NLT_UQ), x, n);
+  STYLEATTN_INLINE F fraction(F x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }  // x - floor(x)
+  STYLEATTN_INLINE F scale2(F y, F x) {  // y * 2^floor(x), zero for x < -126
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(-126.0f), _CMP_NLT_UQ), y, x);
   }
   STYLEATTN_INLINE float reduce_add(F x) { return _mm512_reduce_add_ps(x); }
   STYLEATTN_INLINE float reduce_max(F x) { return _mm512_reduce_max_ps(x); }

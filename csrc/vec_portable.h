@@ -30,14 +30,15 @@ struct Vec {
     const I greater = a > b;
     return (F)(((I)a & greater) | ((I)b & ~greater));
   }
-  STYLEATTN_INLINE F round(F x) {  // to nearest, for |x| < 2^22
-    const F magic = set1(12582912.0f);
-    return (x + magic) - magic;
+  STYLEATTN_INLINE F floor(F x) {  // for |x| < 2^22
+    const F magic = set1(12582912.0f), near = (x + magic) - magic;
+    return near - (F)((I)set1(1.0f) & (near > x));
   }
-  STYLEATTN_INLINE F in_range(F x) { return max(set1(-127.0f), x); }  // what scale2 is good for
-  STYLEATTN_INLINE F scale2(F x, F n) {  // x * 2^n for whole -127 <= n <= 0; zero below 2^-126
-    const F magic = set1(12582912.0f);  // leaves n in the low bits of the sum
-    return x * (F)(((U)(n + magic) + 127u) << 23);
+  STYLEATTN_INLINE F in_range(F x) { return max(set1(-127.0f), x); }  // what scale2 takes
+  STYLEATTN_INLINE F fraction(F x) { return sub(x, floor(x)); }
+  STYLEATTN_INLINE F scale2(F y, F x) {  // y * 2^floor(x) for -127 <= x <= 0, zero for x < -126
+    const F magic = set1(12582912.0f);  // leaves the exponent in the low bits of the sum
+    return y * (F)(((U)(floor(x) + magic) + 127u) << 23);
   }
   STYLEATTN_INLINE float reduce_add(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
   STYLEATTN_INLINE float reduce_max(F x) {

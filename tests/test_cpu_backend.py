@@ -363,49 +363,6 @@ def test_a_missing_extension_is_a_reason(monkeypatch, tmp_path, broken):
         cpu_backend._load.cache_clear()
 
 
-def innermost_loops(disassembly):
-    """The instructions of every run that ends in a jump back to its start, without other jumps."""
-    code = [line.split("\t") for line in disassembly.splitlines() if "\t" in line]
-    at = {int(parts[0].strip().rstrip(":"), 16): i for i, parts in enumerate(code)}
-    text = [parts[1].strip() for parts in code]
-    for end, instruction in enumerate(text):
-        operation, *target = instruction.split()
-        if not operation.startswith("j") or not target:
-            continue
-        try:
-            start = at.get(int(target[0], 16), end)
-        except ValueError:  # a computed jump
-            continue
-        if start < end and not any(i.startswith(("j", "ret", "call")) for i in text[start:end]):
-            yield text[start : end + 1]
-
-
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
-def test_the_binary_holds_every_instruction_set():
-    """One build runs everywhere: bf16 dot products and both fused multiply-adds are compiled in."""
-    if os.uname().machine != "x86_64":
-        pytest.skip("x86-64 only")
-    library = next(Path(cpu_backend.__file__).parent.glob("_C.*so"))
-    text = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", str(library)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    loops = list(innermost_loops(text))
-    for instruction, register, wanted in [
-        ("vdpbf16ps", "zmm", 24),
-        ("vfmadd", "zmm", 24),
-        ("vfmadd", "ymm", 12),
-    ]:
-        work = [sum(instruction in i and register in i for i in loop) for loop in loops]
-        assert max(work) == wanted
-        for loop, count in zip(loops, work, strict=True):
-            if count >= 12:  # a micro-kernel: accumulators stay in registers, little else happens
-                assert not any("(%rsp" in i or "(%rbp" in i for i in loop)
-                assert len(loop) <= count * 2.5
-
-
 def test_speed(capsys):
     """Prints, does not judge: one thread, CPU time, minima, against PyTorch's flash attention."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -64,6 +64,7 @@ typedef uint16_t __mmask16;
 #define EMULATED static inline __attribute__((always_inline))
 #define _MM_FROUND_TO_NEAREST_INT 0
 #define _MM_FROUND_NO_EXC 8
+#define _MM_FROUND_TO_NEG_INF 1
 #define _CMP_UNORD_Q 3
 #define _CMP_NLT_UQ 5
 
@@ -75,8 +76,8 @@ EMULATED __m512 _mm512_sub_ps(__m512 a, __m512 b) { return a - b; }
 EMULATED __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
 EMULATED __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { return a * b + c; }
 EMULATED __m512 _mm512_max_ps(__m512 a, __m512 b) { return a > b ? a : b; }
-EMULATED __m512 _mm512_roundscale_ps(__m512 x, int) {
-  for (int i = 0; i < 16; ++i) x[i] = nearbyintf(x[i]);
+EMULATED __m512 _mm512_reduce_ps(__m512 x, int) {  // what rounding down leaves
+  for (int i = 0; i < 16; ++i) x[i] -= floorf(x[i]);
   return x;
 }
 EMULATED float _mm512_reduce_add_ps(__m512 x) {
