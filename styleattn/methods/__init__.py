@@ -18,6 +18,7 @@ from .instant_style import InstantStyle
 from .instant_style_plus import InstantStylePlus
 from .ip_adapter import IPAdapter
 from .mutual_attention import MutualAttention
+from .omini_control import OminiControl
 from .pulid_flux import PuLIDFLUX
 from .pulid_sdxl import PuLIDSDXL
 from .rb_modulation import RBModulation
@@ -57,6 +58,7 @@ _ALL = (
     FillDiptych,
     InContext,
     EasyControl,
+    OminiControl,
 )
 METHODS: dict[str, type[Any]] = {m.name: m for m in _ALL}
 """Every method by the name that settings and the command line use."""
@@ -90,6 +92,7 @@ __all__ = [
     "Method",
     "MutualAttention",
     "NormCall",
+    "OminiControl",
     "PuLIDFLUX",
     "PuLIDSDXL",
     "RBModulation",

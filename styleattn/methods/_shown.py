@@ -42,8 +42,18 @@ class PictureMethod(JointMethod, Protocol):
         ...
 
     @property
+    def clean(self) -> bool:
+        """Whether pictures in the sequence are at the noise level 0, not at the image's."""
+        ...
+
+    @property
+    def guidance(self) -> float | None:
+        """The guidance scale that is told for them; None for the call's."""
+        ...
+
+    @property
     def lora(self) -> str | None:
-        """The LoRA that is at work on them alone, where they run on their own."""
+        """The LoRA that is at work on them alone, where they run on their own or are clean."""
         ...
 
     @property

@@ -23,8 +23,8 @@ class EasyControl(PictureSettings):
         out = softmax( [ Q K_textᵀ , Q K_imageᵀ , Q K_cᵀ + log s ] ) [ V_text ; V_image ; V_c ]
 
     What the picture is to a layer does not depend on the image or on the step. It is made at the
-    first step of a run and kept for the others, exactly. OminiControl's independent conditions are
-    the same with another `offset`; its older ones, which look back at the image, are not.
+    first step of a run and kept for the others, exactly. OminiControl2's conditions are the same
+    with another `offset` and `guidance=1`; those that look back at the image are `OminiControl`.
 
     Args:
         references: pictures: `image`, which the pipeline's VAE encodes in its own size, or in that
@@ -35,6 +35,7 @@ class EasyControl(PictureSettings):
             EasyControl's for subjects, (0, 0) goes with pictures that lie on the image.
         lora: the name of a LoRA that was loaded for the pictures (`load_lora_weights(...,
             adapter_name=...)`). While the method is applied it is at work on them alone.
+        guidance: the guidance scale that is told for the pictures; None for the call's.
         cache: whether what they are to a layer is kept over the steps.
         layers: which layers see the pictures.
         steps: when: (start, end) fractions of the run, or a curve of weights.
@@ -49,6 +50,7 @@ class EasyControl(PictureSettings):
     strength: float = 1.0
     offset: tuple[float, float] = (64.0, 0.0)
     lora: str | None = None
+    guidance: float | None = None
     cache: bool = True
     layers: Layers = "all"
     steps: Steps = (0.0, 1.0)
@@ -74,6 +76,8 @@ class EasyControl(PictureSettings):
         lora, cache = (getattr(self, knob) for knob in ("lora", "cache"))
         if lora is not None and not isinstance(lora, str):
             reasons.append(f"lora must be the name of a LoRA, got {lora!r}")
+        if self.guidance is not None:
+            reasons += self._wrong_numbers("guidance")
         if not isinstance(cache, bool):
             reasons.append(f"cache must be True or False, got {cache!r}")
         self._refuse(reasons)
@@ -82,6 +86,11 @@ class EasyControl(PictureSettings):
     def apart(self) -> bool:
         """They run on their own."""
         return True
+
+    @property
+    def clean(self) -> bool:
+        """Not in the sequence."""
+        return False
 
     @property
     def idle(self) -> bool:

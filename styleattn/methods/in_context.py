@@ -27,9 +27,8 @@ class InContext(PictureSettings):
 
     X and Y are the image, the text and each picture. A strength of 1 is the model as it is, 0 takes
     the keys away. The strengths of a picture are times its weight, and its mask says where in the
-    image it is seen (text sees the mask's mean). OminiControl's factor c on its condition is
-    `strength=c, sees_image=c`. USO's style pictures are another method, `USO`. No mask of all
-    tokens by all tokens is made.
+    image it is seen (text sees the mask's mean). Clean pictures are `OminiControl`, USO's style
+    pictures are `USO`. No mask of all tokens by all tokens is made.
 
     Args:
         references: pictures: `image`, which the pipeline's VAE encodes in its own size, or in that
@@ -84,7 +83,17 @@ class InContext(PictureSettings):
         return False
 
     @property
-    def lora(self) -> None:
+    def clean(self) -> bool:
+        """They are at the image's noise level."""
+        return False
+
+    @property
+    def guidance(self) -> float | None:
+        """They are told what the image is told."""
+        return None
+
+    @property
+    def lora(self) -> str | None:
         """What is at work on them is at work on the image."""
         return None
 

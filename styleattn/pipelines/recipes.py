@@ -166,6 +166,7 @@ FLUX_RECIPES: dict[str, Recipe] = {
     "pulid_flux": Recipe(roles=(), defaults={"guidance": 4.0}),
     "in_context": Recipe(roles=(), shown=True),
     "easy_control": Recipe(roles=(), shown=True),
+    "omini_control": Recipe(roles=(), shown=True),
     "fill_diptych": Recipe(
         home="filling:draw",
         checked="filling:check",

@@ -29,6 +29,7 @@ def recorded(
     inputs: Mapping[str, Any],
     lora: str | None,
     backend: str | None,
+    told: float | None = None,
 ) -> dict[str, Pair]:
     """Keys and values of a picture in every layer: the model run on it alone, without text, at the
     noise level 0.
@@ -39,6 +40,7 @@ def recorded(
         inputs: the running call's; what the model is told besides (pooled prompts, guidance) is the
             same, in one row where that is the same for all.
         lora: the LoRA that is at work on it.
+        told: the guidance scale that it is told; None for the call's.
 
     Raises:
         RuntimeError: a cache of blocks, which would take it for a step.
@@ -50,7 +52,8 @@ def recorded(
         )
     tokens, ids = picture
     hidden, pooled = inputs["hidden_states"], inputs["pooled_projections"]
-    guidance, text = inputs.get("guidance"), inputs["encoder_hidden_states"]
+    given, text = inputs.get("guidance"), inputs["encoder_hidden_states"]
+    guidance = given if told is None or given is None else torch.full_like(given, told)
     alike = all(bool((x == x[:1]).all()) for x in (pooled, guidance) if x is not None)
     rows = 1 if alike else len(pooled)
     found: dict[str, Pair] = {}
@@ -59,7 +62,7 @@ def recorded(
         for name, attn in layers.items():
             _put(attn, _Recorder(name, found, backend))
         # once per run: not worth a graph for every layer's recorder
-        with _only(module, lora), torch.compiler.set_stance("force_eager"):
+        with only(module, lora), torch.compiler.set_stance("force_eager"):
             module.forward(
                 hidden_states=tokens.to(hidden).expand(rows, -1, -1),
                 encoder_hidden_states=text.new_zeros(rows, 0, text.shape[-1]),
@@ -123,7 +126,7 @@ def restore(before: Sequence[tuple[Any, Any]]) -> None:
 
 
 @contextmanager
-def _only(model: Any, name: str | None) -> Iterator[None]:
+def only(model: Any, name: str | None) -> Iterator[None]:
     """Within: the LoRA of a name is at work too."""
     modules = [] if name is None else tuned(model, name)
     before = [(m, m._active_adapter, m._disable_adapters) for m in modules]

@@ -22,6 +22,7 @@ from styleattn.references import Reference
 
 from ._flux_apart import Pair, recorded, restore, tuned, without
 from ._flux_attention import JointSite
+from ._flux_clean import Clean
 from ._flux_controller import PARAMETERS, FluxController, FluxNow
 from ._flux_rows import RESIDUALS
 
@@ -72,12 +73,15 @@ class PictureController(FluxController):
     pairs: tuple[Mapping[str, Pair] | None, ...] = ()
     kept: tuple[Kept, ...] = ()
     loras: tuple[tuple[Any, Any], ...] = ()
+    clean: Clean | None = None
 
     def begin(
         self, index: int, pictures: Sequence[Picture | None], layers: Mapping[str, Any]
     ) -> None:
         """Which method it is, its pictures, and every layer of the model."""
         self.shown, self.pictures, self.layers = index, tuple(pictures), dict(layers)
+        method = self.methods[index]
+        self.clean = Clean(method.guidance, method.lora) if method.clean else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "kept": (), "pairs": ()}
@@ -85,6 +89,8 @@ class PictureController(FluxController):
     def install(self, model: torch.nn.Module) -> None:
         """Processors and hooks; the pictures' LoRA leaves the image alone."""
         super().install(model)
+        if self.clean is not None:
+            self._hooks += self.clean.install(model)
         lora = self.methods[self.shown].lora
         self.loras = () if lora is None else without(tuned(model, lora), lora)
 
@@ -159,6 +165,8 @@ class PictureController(FluxController):
         inputs, there = given[1], self._there(now)
         if not self.methods[self.shown].apart:
             inputs = self._joined(inputs, now, there)
+            if self.clean is not None:
+                self.clean.begin(module, inputs, self._present())
             self._tell_layers()
             return (), inputs
         asked = {**dict(zip(PARAMETERS, args, strict=False)), **kwargs}
@@ -166,6 +174,10 @@ class PictureController(FluxController):
         self.pairs = self._made(module, inputs, now, told, there)
         self._tell_layers()
         return (), inputs
+
+    def _present(self) -> list[slice]:
+        """Where the pictures of this call are among the tokens in context."""
+        return [span for span in self.spans if span is not None]
 
     def _tell_layers(self) -> None:
         """Every layer's own pictures, where compiled blocks of a kind find them alike."""
@@ -230,7 +242,9 @@ class PictureController(FluxController):
 
     def after(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         """Forward hook: the output without the pictures' tokens."""
-        now, spans = self.now, [s for s in self.spans if s is not None]
+        if self.clean is not None:
+            self.clean.end()
+        now, spans = self.now, self._present()
         own = spans and any(p is not None for p in self.pictures)
         if own and isinstance(now, FluxNow):
             length = (now.lengths or {})["image"] + min(s.start for s in spans)
@@ -280,9 +294,10 @@ class PictureController(FluxController):
     ) -> dict[str, Pair]:
         """What one picture is to every layer; other methods do not act on it."""
         now, self.now = self.now, None
-        lora = self.methods[self.shown].lora
+        method = self.methods[self.shown]
+        more = (method.lora, self.backend, method.guidance)
         try:
-            return recorded(module, self.layers, picture, inputs, lora, self.backend)
+            return recorded(module, self.layers, picture, inputs, *more)
         finally:
             self.now = now
 
@@ -319,7 +334,7 @@ def pictures_of(
             width than the model's.
     """
     lacking = [i for i, r in enumerate(references) if r.image is None and r.latents is None]
-    if lacking and (method.apart or len(references) > 1):
+    if lacking and (method.apart or method.clean or len(references) > 1):
         raise ValueError(
             f"{method.name}: every reference needs a picture or latents; {lacking} have none"
         )

@@ -23,6 +23,7 @@ GIVEN = {
     "reference_only": PICTURE,
     "style_id": CONTENT,
     "in_context": [*PICTURE, "--set", "strength=4"],
+    "omini_control": [*PICTURE, "--set", "strength=4"],
     "easy_control": [*PICTURE, "--set", "strength=4"],
     "redux": [
         *PICTURE,

@@ -46,6 +46,7 @@ def made(name, files):
         "ip_adapter": shown,
         "instant_style": {**shown, "blocks": {"transformer_blocks.1": 3.0}},
         "in_context": {"references": (PICTURE,)},
+        "omini_control": {"references": (PICTURE,)},
         "easy_control": {"references": (PICTURE,)},
         "fill_diptych": {"b_to_a": 5.0},
     }
