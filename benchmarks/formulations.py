@@ -56,7 +56,7 @@ class Formulation(NamedTuple):
     """The inputs of a kind and its three forms."""
 
     inputs: Callable[[Problem, torch.Generator], Tensors]
-    ours: Callable[[Problem, Tensors, str | None], Output]
+    ours: Callable[..., Output]
     official: Callable[[Problem, Tensors], Tensor]
     materialised: Callable[[Problem, Tensors], list[Attention]]
 
@@ -87,9 +87,9 @@ def _plain_inputs(p: Problem, generator: torch.Generator) -> Tensors:
     return t
 
 
-def _plain_ours(p: Problem, t: Tensors, backend: str | None) -> Output:
+def _plain_ours(p: Problem, t: Tensors, backend: str | None, precision: str = "exact") -> Output:
     branches = (Branch((Segment(t["key"], t["value"]),)),)
-    return styleattn.attention(t["query"], branches, backend=backend)
+    return styleattn.attention(t["query"], branches, precision=precision, backend=backend)
 
 
 def _plain_official(p: Problem, t: Tensors) -> Tensor:
@@ -119,13 +119,14 @@ def _adain_to_rows(x: Tensor, rows: list[int]) -> Tensor:
     return (x - mean) / std * std[rows] + mean[rows]
 
 
-def _shared_ours(p: Problem, t: Tensors, backend: str | None) -> Output:
+def _shared_ours(p: Problem, t: Tensors, backend: str | None, precision: str = "exact") -> Output:
     return styleattn.shared_attention(
         t["query"],
         t["key"],
         t["value"],
         reference_rows=_reference_rows(p),
         score_shift=p.shift,
+        precision=precision,
         backend=backend,
     )
 

@@ -42,6 +42,7 @@ SHAPES = (
 )
 PEERS = (
     "ours-triton",
+    "ours-fast",
     "ours-torch",
     "official",
     "sdpa-cudnn",
@@ -50,6 +51,11 @@ PEERS = (
     "fa3",
     "fa4",
     "sage",
+)
+CHECKED = (
+    ("sdxl-1024-shared-b2", "ours-triton"),
+    ("sdxl-1024-ip-4", "ours-triton"),
+    ("sdxl-1024-shared-b2", "ours-fast"),
 )
 COMPILED = ("ours-triton", "official-compiled", "flex", "flex-merged")  # minutes a shape
 
@@ -116,6 +122,7 @@ def check(device: str) -> int:
     """What is here, and one call of each kernel against fp64. 0: the kernels are right."""
     import torch
     from cases import Case
+    from providers import PROVIDERS
     from results import isa, machine
     from shapes import SHAPES as KNOWN
 
@@ -124,14 +131,18 @@ def check(device: str) -> int:
     where = torch.device(device)
     print(f"{machine(where)} {isa(where)} torch {torch.__version__}\n{styleattn.backends()}")
     wrong = 0
-    for name in ("sdxl-1024-shared-b2", "sdxl-1024-ip-4"):
+    for name, provider in CHECKED:
         start = time.perf_counter()
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        # the interpreter multiplies bfloat16 wrongly
+        half = torch.float16 if device == "cpu" else torch.bfloat16
+        dtype = half if device != "cpu" or provider == "ours-fast" else torch.float32
         case = Case.draw(KNOWN[name].at("tiny" if device == "cpu" else "real"), dtype, where)
-        error, budget = case.error(case.ours("triton")), case.budget
+        error = case.error(PROVIDERS[provider].prepare(case)())
+        budget = PROVIDERS[provider].budget(case)
         wrong += not error <= budget
         taken = time.perf_counter() - start
-        print(f"{name}: error {error:.1e}, budget {budget:.1e}, {taken:.1f} s", flush=True)
+        told = f"error {error:.1e}, budget {budget:.1e}, {taken:.1f} s"
+        print(f"{name} {provider}: {told}", flush=True)
     return int(wrong > 0)
 
 

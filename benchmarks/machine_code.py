@@ -13,7 +13,13 @@ from typing import Any
 
 import triton
 
-TENSOR_CORES = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+TENSOR_CORES = {
+    "sm_80": ("HMMA", "IMMA"),
+    "sm_89": ("HMMA", "IMMA"),
+    "sm_90": ("HGMMA", "IGMMA"),
+    "sm_100": ("UTCHMMA", "UTCIMMA"),
+}
+"""Opcodes of the matrix units: half precision, INT8."""
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _NVIDIA_CODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*)")
 _NVIDIA_LABEL = re.compile(r"^(\.L_x_\d+):")
@@ -49,12 +55,13 @@ class Loop:
 @dataclass(frozen=True)
 class Code:
     """A compiled kernel: registers per thread, bytes of stack, spilled registers where the compiler
-    says so, opcodes of the matrix units, hot loops."""
+    says so, opcodes of the matrix units and those of them that are INT8, hot loops."""
 
     registers: int
     stack: int
     spilled: int
     matrix: int
+    integer: int
     loops: tuple[Loop, ...]
 
 
@@ -89,7 +96,7 @@ def _overlap(loop: list[Instruction]) -> int:
     """How many exponentials run between the issue of matrix products and the wait for them."""
     count, pending, turn = 0, None, len(loop)
     for at, (opcode, _) in enumerate(loop * 2):
-        if opcode.startswith("HGMMA") and pending is None:
+        if opcode.startswith(TENSOR_CORES["sm_90"]) and pending is None:
             pending = 0
         elif opcode.startswith("WARPGROUP.DEPBAR"):
             count += pending or 0 if at >= turn else 0
@@ -101,9 +108,11 @@ def _overlap(loop: list[Instruction]) -> int:
 
 def _products(opcode: str, warps: int) -> int:
     """Multiply-adds of one instruction, over all warps of the program."""
-    if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", opcode):
+    if found := re.match(r"[HI]GMMA\.(\d+)x(\d+)x(\d+)", opcode):
         m, n, k = map(int, found.groups())
         return m * n * k * (warps // _WARPS)
+    if found := re.match(r"IMMA\.(\d+)\.", opcode):
+        return {"16832": 16 * 8 * 32, "16816": 16 * 8 * 16}[found.group(1)] * warps
     if opcode.startswith("HMMA.16816"):
         return 16 * 8 * 16 * warps
     if opcode.startswith("HMMA.1688"):
@@ -131,13 +140,20 @@ def _nvidia(kernel: Any, arch: str, warps: int) -> Code:
     for loop in _innermost(listing.splitlines(), _NVIDIA_CODE, _NVIDIA_LABEL, _NVIDIA_JUMP):
         opcodes = [opcode for opcode, _ in loop]
         exponentials = sum(o.startswith("MUFU.EX2") for o in opcodes)
-        if exponentials < 4 or not any(o.startswith((unit, "FFMA")) for o in opcodes):
+        if exponentials < 4 or not any(o.startswith((*unit, "FFMA")) for o in opcodes):
             continue
         on_unit = [o for o in opcodes if o.startswith(unit)]
         products = sum(_products(o, warps) for o in on_unit or opcodes)
         spills = sum(o.startswith(("LDL", "STL")) for o in opcodes)
         hot.append(Loop(len(loop), exponentials, products, spills, _overlap(loop)))
-    return Code(int(found.group(1)), int(found.group(2)), 0, listing.count(unit), tuple(hot))
+    return Code(
+        int(found.group(1)),
+        int(found.group(2)),
+        0,
+        sum(map(listing.count, unit)),
+        listing.count(unit[1]),
+        tuple(hot),
+    )
 
 
 def _amd(kernel: Any, warps: int) -> Code:
@@ -157,5 +173,6 @@ def _amd(kernel: Any, warps: int) -> Code:
         spills = sum(o.startswith(("scratch_", "buffer_store_dword_off")) for o in opcodes)
         hot.append(Loop(len(loop), exponentials, products, spills, 0))
     matrix = len(re.findall(r"^\s+v_mfma", assembly, re.M))
+    integer = len(re.findall(r"^\s+v_mfma_i32", assembly, re.M))
     stack, spilled = number("private_segment_fixed_size"), number("vgpr_spill_count")
-    return Code(number("vgpr_count"), stack, spilled, matrix, tuple(hot))
+    return Code(number("vgpr_count"), stack, spilled, matrix, integer, tuple(hot))

@@ -1,6 +1,7 @@
 """The one registry of contestants: ours on every backend, the official formulation, and libraries.
 
     ours-<backend>      the public functions, statistics included
+    ours-fast           the same with precision="fast", where our kernels run
     official            as the method's own code writes it, in eager PyTorch
     official-compiled   the same under torch.compile
     sdpa[-KERNEL]       PyTorch's attention, given everything materialised in memory
@@ -42,7 +43,7 @@ class Provider:
     Args:
         prepare: everything that is not timed; gives the call that is.
         reasons: why it cannot run a case; empty if it can.
-        group: "ours", "official" or "library".
+        group: "ours", "fast", "official" or "library".
         quantised: computes in 8 bits; its error budget starts from that format's step.
         usual: runs unless others are asked for.
     """
@@ -72,6 +73,20 @@ def _ours(backend: str | None) -> Provider:
 
     usual = backend not in (None, "reference")
     return Provider(f"ours-{backend or 'auto'}", prepare, reasons, "ours", usual=usual)
+
+
+def _fast(case: Case) -> Run:
+    ours = FORMULATIONS[case.problem.kind].ours
+    return lambda: ours(case.problem, case.tensors, "triton", precision="fast")
+
+
+def _fast_reasons(case: Case) -> list[str]:
+    reasons = reasons_against("triton", case.tensors["query"], ())
+    if case.problem.kind not in ("plain", "shared"):
+        reasons.append("keys are few, or biased")
+    if case.dtype not in HALF:
+        reasons.append(f"precision='fast' takes half precision, not {case.dtype}")
+    return reasons
 
 
 def _official(case: Case) -> Run:
@@ -274,6 +289,7 @@ PROVIDERS: dict[str, Provider] = {
     p.name: p
     for p in (
         *(_ours(name) for name in ("cpu", "triton", "torch", "reference", None)),
+        Provider("ours-fast", _fast, _fast_reasons, "fast", quantised=True, usual=False),
         Provider("official", _official, _none, "official"),
         Provider("official-compiled", _official_compiled, _none, "official"),
         Provider("sdpa", _sdpa(None), _none, "library"),

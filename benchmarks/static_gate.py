@@ -8,9 +8,9 @@ A case is "KIND ARCH HEAD_DIM DTYPE [LENGTH]", say "shared sm_90 64 bfloat16". R
 without TRITON_INTERPRET. What is checked: shared memory and registers fit, half precision runs on
 the matrix units and spills nothing in a hot loop, a turn of it has exactly the products of one step
 (2 * BLOCK_M * BLOCK_N * D multiply-adds; half of that in the loop that stands in where logits are
-not bounded), on sm_90 at least half of its exponentials run while
-products are under way, and neither that nor the instructions per score are 3 % worse than the
-baseline.
+not bounded), on sm_90 at least half of the exponentials of every loop run while products are
+under way, INT8 is multiplied as such, and neither the overlap nor the instructions per score are
+3 % worse than the baseline.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from styleattn.kernels import attention, configs, primitives
 from styleattn.kernels.attention import launch_of
 from styleattn.kernels.configs import ARCHITECTURES, high_width, low_width
 from styleattn.kernels.norms import group_norm_launches, rotary_launch
+from styleattn.kernels.quantised import quantised_width
 from styleattn.kernels.stats import stats_launches
 
 BASELINE = Path(__file__).parent / "results" / "static-gate.json"
@@ -56,8 +57,10 @@ STREAMING = (
     "group-norm",
     "group-norm-last",
     "reach",
+    "quantise",
 )  # no products, no hot loop
-OVERLAPPED = ("64", "128")  # head dimensions whose sm_90 loops overlap exponentials and products
+# known to be left: keys blended on load, a bias per key, the own loop at 160
+NOT_OVERLAPPED = ("injected", "joint", "shared sm_90 160")
 
 
 class _Shapes:
@@ -167,11 +170,13 @@ def launches(kind: str, arch: str, head_dim: int, dtype: torch.dtype, length: in
         return [rotary_launch(query, weight, 1e-6, pair, (angles, angles), None, out)]
     if kind.startswith("group-norm"):
         return _group_norm(head_dim, dtype, length, last=kind.endswith("last"))
-    made = KINDS["plain" if kind == "reach" else kind](shapes)
+    fast = kind.endswith("-int8") or kind == "quantise"
+    alone = kind in ("reach", "quantise")
+    made = KINDS["plain" if alone else kind.removesuffix("-int8")](shapes)
     branches, scale = normalize("cross_compile", query, made, None)
     lse = torch.empty(len(branches), *query.shape[:3])
-    launch = launch_of(query, branches, scale, torch.empty_like(query), lse, arch)
-    return list(launch.before) if kind == "reach" else [launch]
+    launch = launch_of(query, branches, scale, torch.empty_like(query), lse, arch, fast)
+    return [launch.before[-1]] if alone else [launch]
 
 
 def build(launch: Any, arch: str) -> Any:
@@ -201,10 +206,13 @@ def facts(case: str) -> list[dict[str, Any]]:
         if kind not in (*STREAMING, "decoupled"):
             scores = blocks["BLOCK_M"] * blocks["BLOCK_N"]
             width = low_width(int(head_dim)) + high_width(int(head_dim))
-            each = [loop.products / (2 * scores * width) for loop in code.loops]
+            keys = quantised_width(int(head_dim)) if kind.endswith("-int8") else width
+            each = [loop.products / (scores * (keys + width)) for loop in code.loops]
             per = scores / (LANES.get(arch, 32) * warps)
             fact["steps"] = each
-            fact["turns"] = (1, 0.5) if launch.before else (1,)
+            bounded = dtype == "bfloat16" and configs.is_bounded(arch, int(head_dim))
+            bounded &= not kind.endswith("-int8")
+            fact["turns"] = (1, 0.5) if bounded else (1,)
             fact["measures"] = [
                 [
                     round(loop.instructions / per, 3),
@@ -226,7 +234,7 @@ def faults(
         stored: the baseline: per launch and loop the instructions per score, and the share of the
             exponentials that overlap with products; None for none.
     """
-    kind, arch, head_dim, dtype, *_ = case.split()
+    kind, arch, _, dtype, *_ = case.split()
     half = kind not in STREAMING and dtype != "float32"
     reasons = []
     for number, fact in enumerate(found):
@@ -238,12 +246,14 @@ def faults(
             reasons.append(f"{fact['stack']} bytes of stack")
         if half and not fact["matrix"]:
             reasons.append("no matrix units")
+        if kind.endswith("-int8") != bool(fact["integer"]):
+            reasons.append(f"{fact['integer']} products of INT8")
         for loop, steps in zip(fact["loops"], fact.get("steps", []), strict=False):
             if half and loop["spills"]:
                 reasons.append(f"{loop['spills']} spills in a hot loop")
             if half and loop["products"] and steps not in fact["turns"]:
                 reasons.append(f"a turn has the products of {steps:g} steps")
-            if half and arch == "sm_90" and head_dim in OVERLAPPED and kind in ("plain", "shared"):
+            if half and arch == "sm_90" and not case.startswith(NOT_OVERLAPPED):
                 share = loop["overlap"] / loop["exponentials"]
                 if share < 0.5:
                     reasons.append(f"{share:.0%} of the exponentials overlap with products")
@@ -267,8 +277,10 @@ def cases() -> Iterator[str]:
         for dim in (64, 128, 160, 256):
             yield f"plain {arch} {dim} bfloat16"
             yield f"plain {arch} {dim} float32"
-        for dim in (40, 64, 80, 128):
+        for dim in (40, 64, 80, 128, 160):
             yield f"shared {arch} {dim} bfloat16"
+            if configs.is_quantised(arch, dim):
+                yield f"shared-int8 {arch} {dim} bfloat16"
         for kind in ("shared-values", "injected", "joint"):
             yield f"{kind} {arch} 64 float16 1000"
         yield f"plain {arch} 64 bfloat16 64"  # few queries
@@ -280,6 +292,8 @@ def cases() -> Iterator[str]:
         yield f"stats {arch} 64 bfloat16"
         if arch in configs.BOUNDED:
             yield f"reach {arch} 128 bfloat16"
+        if configs.is_quantised(arch, 64):
+            yield f"quantise {arch} 64 bfloat16"
         yield f"rotary {arch} 128 bfloat16"
         yield f"group-norm {arch} 320 bfloat16 16384"
         yield f"group-norm-last {arch} 1280 float16 1000"

@@ -75,7 +75,7 @@ def tune(
     problem: Problem, dtype: torch.dtype, device: torch.device, rounds: int, seconds: float
 ) -> Found | None:
     """The fastest choice for a problem; None where the kernels cannot run it."""
-    from styleattn.kernels.planning import arch_of
+    from styleattn.kernels.device import arch_of
 
     sets = input_sets(device, problem.bytes_moved(dtype.itemsize))
     cases = [Case.draw(problem, dtype, device, seed) for seed in range(sets)]

@@ -19,7 +19,9 @@ import triton
 import triton.language as tl
 
 from .decoupled import decoupled_kernel
-from .planning import Launch, arch_of, plan, reasons
+from .device import arch_of, reasons
+from .launch import Launch
+from .planning import plan
 from .primitives import (
     LOG2E,
     UNREACHABLE,
@@ -41,6 +43,7 @@ from .primitives import (
     store_tile,
     zero_tile,
 )
+from .quantised import fold_quantised, products_quantised, scales_at
 from .reach import reach_of
 
 # log2 units: 2^80 times a million keys times values of 2^20 is below 2^127
@@ -85,9 +88,30 @@ def _accumulate(acc, total, step, segment, blend, row, b, h, start, n, valid, D:
 @triton.jit
 def _products(q, segment, blend, row, b, h, start, n, valid, D: tl.constexpr):
     """[M, N]: raw products with the keys from `start` on."""
-    return dot_qk(
-        q, load_blended(segment.key, segment.own_key, blend, row, b, h, start, n, valid, D)
-    )
+    if segment.quantised is not None:
+        return products_quantised(q, segment, row, h, start, n, valid, D)
+    else:
+        return dot_qk(
+            q, load_blended(segment.key, segment.own_key, blend, row, b, h, start, n, valid, D)
+        )
+
+
+@triton.jit
+def _scale(scale, segment, row, h, start):
+    """[M]: what multiplies the raw products of a step that is in its place."""
+    if segment.quantised is None:
+        return scale
+    else:
+        return scale * scales_at(segment, row, h, start)
+
+
+@triton.jit
+def _level(s, segment, row, h, start, n):
+    """[M, N]: raw products of a step that was moved back, to be multiplied by the bare scale."""
+    if segment.quantised is None:
+        return s
+    else:
+        return s * scales_at(segment, row, h, start + n)[None, :]
 
 
 @triton.jit
@@ -102,7 +126,7 @@ def _attend(state, q, scale, segment, row, b, h, D: tl.constexpr, BLOCK_N: tl.co
         valid = n < segment.length
         s = _products(q, segment, blend, row, b, h, 0, n, valid, D)
         masks = _key_bias(segment, row, 0, n, valid)
-        exponents, decay, top = measure(s, top, scale, masks)
+        exponents, decay, top = measure(s, top, _scale(scale, segment, row, h, 0), masks)
         step = (exponents, decay)
         acc, total = _accumulate(acc, total, step, segment, blend, row, b, h, 0, n, valid, D)
     else:
@@ -111,7 +135,8 @@ def _attend(state, q, scale, segment, row, b, h, D: tl.constexpr, BLOCK_N: tl.co
         full = (segment.length - 1) // BLOCK_N
         last = segment.length - BLOCK_N
         s = _products(q, segment, blend, row, b, h, 0, n, None, D)
-        exponents, decay, top = measure(s, top, scale, _key_bias(segment, row, 0, n, None))
+        level = _scale(scale, segment, row, h, 0)
+        exponents, decay, top = measure(s, top, level, _key_bias(segment, row, 0, n, None))
         for i in tl.range(1, full):
             at = i * BLOCK_N
             s = _products(q, segment, blend, row, b, h, at, n, None, D)
@@ -119,11 +144,13 @@ def _attend(state, q, scale, segment, row, b, h, D: tl.constexpr, BLOCK_N: tl.co
             acc, total = _accumulate(
                 acc, total, step, segment, blend, row, b, h, at - BLOCK_N, n, None, D
             )
-            exponents, decay, top = measure(s, top, scale, _key_bias(segment, row, at, n, None))
+            level = _scale(scale, segment, row, h, at)
+            exponents, decay, top = measure(s, top, level, _key_bias(segment, row, at, n, None))
         s = _products(q, segment, blend, row, b, h, last, n, None, D)
         step = (exponents, decay)
         before = (full - 1) * BLOCK_N
         acc, total = _accumulate(acc, total, step, segment, blend, row, b, h, before, n, None, D)
+        s = _level(s, segment, row, h, last, n)
         masks = _key_bias(segment, row, last, n, n + last >= full * BLOCK_N)
         exponents, decay, top = measure(s, top, scale, masks)
         step = (exponents, decay)
@@ -147,16 +174,16 @@ def _attend_below(state, q, scale, segment, row, h, D: tl.constexpr, BLOCK_N: tl
     n = tl.arange(0, BLOCK_N)
     full = (segment.length - 1) // BLOCK_N
     last = segment.length - BLOCK_N
-    s = dot_qk(q, load_tile(segment.key, row, h, 0, n, None, D))
-    exponents = s * scale[:, None] - top[:, None]
+    s = _products(q, segment, 1.0, row, row, h, 0, n, None, D)
+    exponents = s * _scale(scale, segment, row, h, 0)[:, None] - top[:, None]
     for i in tl.range(1, full):
         at = i * BLOCK_N
-        s = dot_qk(q, load_tile(segment.key, row, h, at, n, None, D))
+        s = _products(q, segment, 1.0, row, row, h, at, n, None, D)
         acc, total = _add(acc, total, exponents, segment, row, h, at - BLOCK_N, n, D)
-        exponents = s * scale[:, None] - top[:, None]
-    s = dot_qk(q, load_tile(segment.key, row, h, last, n, None, D))
+        exponents = s * _scale(scale, segment, row, h, at)[:, None] - top[:, None]
+    s = _products(q, segment, 1.0, row, row, h, last, n, None, D)
     acc, total = _add(acc, total, exponents, segment, row, h, (full - 1) * BLOCK_N, n, D)
-    exponents = s * scale[:, None] - top[:, None]
+    exponents = _level(s, segment, row, h, last, n) * scale[:, None] - top[:, None]
     exponents = tl.where((n + last >= full * BLOCK_N)[None, :], exponents, -float("inf"))
     acc, total = _add(acc, total, exponents, segment, row, h, last, n, D)
     return acc, total, top
@@ -175,8 +202,10 @@ def _attend_bounded(state, q, scale, segment, row, b, h, D: tl.constexpr, BLOCK_
         far = scale * tl.sqrt_rn(squares(q)) * reach_of(segment.reach, row, h) + tl.abs(fixed)
         if tl.max(far, 0) <= BOUND:
             state = _attend_below((acc, total, fixed), q, scale, segment, row, h, D, BLOCK_N)
-        else:  # half a step at a time: two loops at full size do not fit the registers
+        elif segment.quantised is None:  # two loops at full size do not fit the registers
             state = _attend(state, q, scale, segment, row, b, h, D, BLOCK_N // 2)
+        else:
+            state = _attend(state, q, scale, segment, row, b, h, D, BLOCK_N)
         return state
 
 
@@ -185,7 +214,10 @@ def _segment(state, branch, segment, row, place, scale2, D: tl.constexpr, BLOCK_
     """One segment with its boundaries: fold the query, shift the maximum to its frame and back."""
     b, h, _, start, m, valid = place
     factor = scale2 * number_at(segment.logit_scale, b)
-    q, scale, shift = fold_query(branch, segment, place, factor, D)
+    if segment.quantised is None:
+        q, scale, shift = fold_query(branch, segment, place, factor, D)
+    else:
+        q, scale, shift = fold_quantised(branch, segment, place, row, factor, D)
     acc, total, top = state
     if segment.logit_bias.stride_l is None:
         shift += number_at(segment.logit_bias, b) * LOG2E
@@ -300,14 +332,15 @@ def launch_of(
     out: Tensor,
     lse: Tensor,
     arch: str,
+    fast: bool = False,
 ) -> Launch:
     """The launch of a normalised call on an architecture of the table; nothing is started."""
     kernels = {"attention": attention_kernel, "decoupled": decoupled_kernel}
-    return plan(kernels.__getitem__, query, branches, softmax_scale, out, lse, arch)
+    return plan(kernels.__getitem__, query, branches, softmax_scale, out, lse, arch, fast)
 
 
 def attention_forward(
-    query: Tensor, branches: tuple[Branch, ...], softmax_scale: float
+    query: Tensor, branches: tuple[Branch, ...], softmax_scale: float, fast: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The whole operation in one launch.
 
@@ -317,6 +350,7 @@ def attention_forward(
         query: [B, H, L, D] fp32, fp16 or bf16; D <= 256.
         branches: normalised.
         softmax_scale: sigma.
+        fast: multiply queries and keys as INT8 (see `quantised`).
 
     Returns:
         out [B, H, L, D] in the query's dtype, laid out [B, L, H, D]; lse [branches, B, H, L] fp32,
@@ -335,5 +369,5 @@ def attention_forward(
     )
     lse = torch.empty(len(branches), batch, heads, length, dtype=torch.float32, device=query.device)
     if batch:
-        launch_of(query, branches, softmax_scale, out, lse, arch).run(query.device)
+        launch_of(query, branches, softmax_scale, out, lse, arch, fast).run(query.device)
     return out, lse

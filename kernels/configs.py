@@ -73,7 +73,7 @@ TILES: dict[tuple[str, int], tuple[Tile, Tile, Tile, Tile, Tile]] = {
         Tile(64, 64, 8, 1),
     ),
     ("sm_90", 2): (
-        Tile(128, 128, 8, 2),
+        Tile(128, 128, 8, 3),
         Tile(128, 64, 8, 2),
         Tile(128, 64, 8, 2),
         Tile(128, 64, 8, 2),
@@ -110,12 +110,31 @@ TILES: dict[tuple[str, int], tuple[Tile, Tile, Tile, Tile, Tile]] = {
 BOUNDED = {"sm_90": 512, "interpreter": 1}
 
 
-def is_bounded(arch: str, head_dim: int, *, folded: bool) -> bool:
+def is_parked(arch: str, head_dim: int) -> bool:
+    """Whether a folded query goes through memory: see `primitives.park_tile`."""
+    return arch in ("sm_90", "interpreter") or (arch in ("sm_80", "sm_89") and head_dim > 128)
+
+
+def is_bounded(arch: str, head_dim: int) -> bool:
     """Whether a kernel of bfloat16 has the loop without a running maximum: where both loops fit the
-    registers. `folded`: several segments, or anything that folds into the query."""
-    if arch == "interpreter":
-        return True
-    return arch in BOUNDED and (head_dim == 128 or (head_dim == 64 and not folded))
+    registers."""
+    return arch == "interpreter" or (arch in BOUNDED and head_dim in (40, 64, 80, 128, 160))
+
+
+# Architectures on which INT8 products of queries and keys save time, and at which head dimensions
+# (None: all of them). Elsewhere the conversion to fp32 costs what the products save.
+_INT8: dict[str, tuple[int, ...] | None] = {
+    "sm_80": (40, 64, 80, 128),
+    "sm_89": (40, 64, 80, 128),
+    "sm_90": (64, 128),
+    "interpreter": None,
+}
+
+
+def is_quantised(arch: str, head_dim: int) -> bool:
+    """Whether `precision="fast"` multiplies INT8 on an architecture of the table."""
+    dims = _INT8.get(arch, ())
+    return dims is None or head_dim in dims
 
 
 ARCHITECTURES = (*_NVIDIA, "gfx942")
@@ -154,7 +173,7 @@ def attention_tile(
     width = low_width(head_dim) + high_width(head_dim)
     tile = TILES[arch, itemsize][next(i for i, limit in enumerate(_WIDTHS) if width <= limit)]
     if heavy and itemsize == 2 and tile.block_n > 64:
-        tile = replace(tile, block_n=64)
+        tile = replace(tile, block_n=64, stages=min(tile.stages, 2))
     if heavy and arch == "sm_89":  # its registers hold no step in flight next to a key bias
         tile = replace(tile, stages=1)
     if length <= 64 and tile.block_m == 128:

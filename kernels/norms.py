@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import next_power_of_2
-from .planning import Launch, reasons
+from .device import reasons
+from .launch import Launch
 from .primitives import Map, Rows, load_map, token_offsets, token_pointer
 from .stats import merge_moments
 

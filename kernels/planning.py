@@ -5,120 +5,35 @@ No tensor is read here but row maps that live on the CPU.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
-import triton.language as tl
 
 from ..measured import find
 from .configs import (
     BOUNDED,
     Tile,
     attention_tile,
-    cuda_arch,
     decoupled_tile,
-    hip_arch,
     is_bounded,
-    next_power_of_2,
+    is_parked,
+    is_quantised,
 )
-from .primitives import BranchArgs, Map, Number, Rows, SegmentArgs
-from .reach import PARTS, Reach, reach_kernel
+from .launch import Launch
+from .primitives import BranchArgs, Map, Number, SegmentArgs, rows_of
+from .quantised import quantise_launch
+from .reach import Reach, reach_launch
+from .stats import stats_launches
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..branch import Affine, Branch, Segment
 
-MAX_HEAD_DIM = 256
-MAX_SEGMENTS = 64  # segments are unrolled
 MAX_COLUMNS = 128  # keys of the one-tile kernel
 _LOG2E = 1.4426950408889634
-_GRID_LIMIT = 65535
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel with everything that it needs to start, and what has to run before it."""
-
-    kernel: Any
-    grid: tuple[int, int, int]
-    args: tuple[Any, ...]
-    constants: dict[str, Any]
-    options: dict[str, Any]
-    before: tuple[Launch, ...] = ()
-
-    def run(self, device: torch.device) -> None:
-        """Start it on the current stream of the tensors' device."""
-        for launch in self.before:
-            launch.run(device)
-        guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with guard:
-            self.kernel[self.grid](*self.args, **self.constants, **self.options)
-
-
-@triton.jit
-def _probe_kernel(a, out):
-    i = tl.arange(0, 16)
-    x = tl.load(a + i[:, None] * 16 + i[None, :])
-    tl.store(out + i[:, None] * 16 + i[None, :], tl.dot(x, x))
-
-
-@functools.cache
-def _interpreter_multiplies_bf16() -> bool:
-    """Whether the interpreter multiplies bfloat16 (Triton 3.6 and 3.7 multiply the raw bits)."""
-    out = torch.empty(16, 16)
-    _probe_kernel[(1,)](torch.ones(16, 16, dtype=torch.bfloat16), out)
-    return bool((out == 16).all())
-
-
-def interpreted() -> bool:
-    """Whether the kernels of this process run under the Triton interpreter."""
-    return not isinstance(_probe_kernel, triton.JITFunction)
-
-
-def arch_of(query: Tensor) -> str | None:
-    """The name in the configuration table of the query's device, None where there is none."""
-    if interpreted():
-        return "interpreter"
-    return _device_arch(query.device) if query.device.type == "cuda" else None
-
-
-@functools.cache
-def _device_arch(device: torch.device) -> str | None:
-    if torch.version.hip is not None:
-        return hip_arch(torch.cuda.get_device_properties(device).gcnArchName)
-    return cuda_arch(*torch.cuda.get_device_capability(device))
-
-
-def reasons(query: Tensor, branches: Sequence[Branch]) -> list[str]:
-    """Every reason why the kernels cannot run a normalised call."""
-    found = []
-    kind = query.device.type
-    if kind == "cpu" and not interpreted():
-        found.append("CPU tensors need Triton's interpreter: TRITON_INTERPRET=1 before its import")
-    elif kind not in ("cpu", "cuda"):
-        found.append(f"device is {query.device}, the kernels run on NVIDIA and AMD GPUs")
-    elif kind == "cuda" and arch_of(query) is None:
-        name = torch.cuda.get_device_name(query.device)
-        found.append(f"{name} is neither NVIDIA sm_80 or later nor AMD CDNA 2 or later")
-    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        found.append(f"dtype is {query.dtype}, the kernels take float32, float16 and bfloat16")
-    elif query.dtype == torch.bfloat16 and interpreted() and not _interpreter_multiplies_bf16():
-        found.append("this Triton's interpreter multiplies bfloat16 wrongly")
-    if query.shape[-1] > MAX_HEAD_DIM:
-        found.append(f"head_dim is {query.shape[-1]} (at most {MAX_HEAD_DIM})")
-    for name, n in (("batch", query.shape[0]), ("heads", query.shape[1])):
-        if n > _GRID_LIMIT:
-            found.append(f"{name} is {n} (at most {_GRID_LIMIT})")
-    count = sum(len(branch.segments) for branch in branches)
-    if count > MAX_SEGMENTS:
-        found.append(f"{count} segments (at most {MAX_SEGMENTS})")
-    return found
 
 
 def _number(x: float | Tensor) -> Number:
@@ -132,11 +47,6 @@ def _map(affine: Affine | None) -> Map | None:
         return None
     center = None if affine.center is None else affine.center.contiguous()
     return Map(affine.scale.contiguous(), affine.shift.contiguous(), center)
-
-
-def _rows(x: Tensor, *, broadcast: bool = False) -> Rows:
-    strides = (0 if broadcast else x.stride(0), x.stride(1), x.stride(2))
-    return Rows(x, *strides, aligned=1 if all(s % 8 == 0 for s in strides) else None)
 
 
 @functools.lru_cache(maxsize=256)
@@ -200,8 +110,8 @@ def _segment(segment: Segment, line: int | None, table: Tensor | None, batch: in
     )
     bias = None if segment.key_bias is None else segment.key_bias.contiguous()
     return SegmentArgs(
-        key=_rows(segment.key, broadcast=broadcast),
-        value=_rows(segment.value, broadcast=broadcast),
+        key=rows_of(segment.key, broadcast=broadcast),
+        value=rows_of(segment.value, broadcast=broadcast),
         length=segment.key.shape[2],
         rows=rows,
         key_map=_map(segment.key_affine),
@@ -210,12 +120,13 @@ def _segment(segment: Segment, line: int | None, table: Tensor | None, batch: in
         logit_bias=_number(segment.logit_bias),
         key_bias=bias,
         key_bias_stride=0 if bias is None or bias.ndim == 1 or broadcast else bias.stride(0),
-        own_key=_rows(segment.own_key) if blended and segment.own_key is not None else None,
-        own_value=_rows(segment.own_value) if blended and segment.own_value is not None else None,
+        own_key=rows_of(segment.own_key) if blended and segment.own_key is not None else None,
+        own_value=rows_of(segment.own_value) if blended and segment.own_value is not None else None,
         blend=_number(segment.kv_blend) if blended else None,
         single=None,
         signed=None,
         reach=None,
+        quantised=None,
     )
 
 
@@ -241,13 +152,14 @@ def _branches(
         silent = not isinstance(branch.weight, torch.Tensor) and branch.weight == 0.0
         arguments.append(
             BranchArgs(
-                query=_rows(query if branch.query is None else branch.query),
-                content=None if content is None else _rows(content),
+                query=rows_of(query if branch.query is None else branch.query),
+                content=None if content is None else rows_of(content),
                 gamma=None if content is None else _number(branch.gamma),
                 query_map=_map(branch.query_affine),
                 segments=tuple(_segment(s, line, table, query.shape[0]) for s, line in lines),
                 null_keys=float(nulls) if nulls else None,
                 weight=None if silent else _number(branch.weight),
+                park=None,
             )
         )
     return tuple(arguments), order
@@ -276,41 +188,77 @@ def _with_capabilities(branch: BranchArgs, scale: float, block_n: int) -> Branch
     return branch._replace(segments=tuple(mark(s) for s in branch.segments))
 
 
+def _with_park(branch: BranchArgs, out: Tensor) -> BranchArgs:
+    """A branch that folds anything into a query of the output's dtype puts it there for a while
+    (keys blended on load need the shared memory themselves)."""
+    folds = branch.query_map is not None or branch.content is not None
+    folds |= any(s.key_map is not None for s in branch.segments)
+    folds &= all(s.own_key is None for s in branch.segments) and out.dtype != torch.float32
+    return branch._replace(park=rows_of(out)) if folds else branch
+
+
+def _identity(key: Tensor) -> Any:
+    return key.data_ptr(), key.shape, key.stride()
+
+
+def _with_quantised(
+    branches: tuple[BranchArgs, ...],
+) -> tuple[tuple[BranchArgs, ...], dict[Any, Tensor], tuple[Launch, ...]]:
+    """The branches with INT8 keys, the reach of these by tensor, and the launches that make both.
+
+    The means of keys are the centers of a segment that sees them as its own rows, where there is
+    one, else they are computed.
+    """
+    centers: dict[Any, Tensor] = {}
+    for s in (s for branch in branches for s in branch.segments):
+        own = s.rows is None and s.key.stride_b != 0
+        if own and s.key_map is not None and s.key_map.center is not None:
+            centers.setdefault(_identity(s.key.pointer), s.key_map.center)
+    launches: list[Launch] = []
+    made: dict[Any, Any] = {}
+    reach: dict[Any, Tensor] = {}
+
+    def mark(s: SegmentArgs) -> SegmentArgs:
+        if s.own_key is not None or s.key_bias is not None:
+            return s  # what a mask hides must not reach the scale of its neighbours
+        key = s.key.pointer
+        known = _identity(key)
+        if known not in made:
+            if known not in centers:
+                shape = (*key.shape[:2], key.shape[3])
+                mean = torch.empty(shape, dtype=torch.float32, device=key.device)
+                launches.extend(stats_launches(key, 1.0, mean, torch.empty_like(mean)))
+                centers[known] = mean
+            made[known], reach[known], launch = quantise_launch(key, centers[known])
+            launches.append(launch)
+        found = made[known]
+        return s._replace(quantised=found.shared() if s.key.stride_b == 0 else found)
+
+    marked = tuple(b._replace(segments=tuple(mark(s) for s in b.segments)) for b in branches)
+    return marked, reach, tuple(launches)
+
+
 def _with_reach(
-    branches: tuple[BranchArgs, ...], heads: int, least: int
+    branches: tuple[BranchArgs, ...], least: int, made: dict[Any, Tensor]
 ) -> tuple[tuple[BranchArgs, ...], tuple[Launch, ...]]:
     """The branches with the reach of all keys that are long, whole and without biases, and the
-    launches that find it: one for each tensor."""
-    made: dict[Any, tuple[Tensor, Launch]] = {}
+    launches that find what is not `made` yet: one for each tensor."""
+    launches: list[Launch] = []
 
     def mark(s: SegmentArgs) -> SegmentArgs:
         plain = s.key_bias is None and s.own_key is None and s.logit_bias.stride_l is None
         if not plain or s.single is not None or s.length < least:
             return s
-        key = s.key.pointer
-        known = (key.data_ptr(), key.shape, key.stride())
+        known = _identity(s.key.pointer)
         if known not in made:
-            made[known] = _reach(key, s.key, heads)
-        out = made[known][0]
-        return s._replace(
-            reach=Reach(out, 0 if s.key.stride_b == 0 else out.stride(0), out.shape[2])
-        )
+            made[known], launch = reach_launch(s.key.pointer)
+            launches.append(launch)
+        out = made[known]
+        stride = 0 if s.key.stride_b == 0 else out.stride(0)
+        return s._replace(reach=Reach(out, stride, out.shape[2]))
 
-    marked = tuple(
-        branch._replace(segments=tuple(mark(s) for s in branch.segments)) for branch in branches
-    )
-    return marked, tuple(launch for _, launch in made.values())
-
-
-def _reach(key: Tensor, rows: Rows, heads: int) -> tuple[Tensor, Launch]:
-    """(what will hold the reach [R, H, parts] of keys, the launch that fills it)."""
-    count, _, length, dim = key.shape
-    run = max(64, next_power_of_2(-(-length // int(PARTS))))
-    out = torch.empty(count, heads, -(-length // run), dtype=torch.float32, device=key.device)
-    constants = {"D": dim, "WIDTH": max(16, next_power_of_2(dim)), "RUN_N": run, "BLOCK_N": 64}
-    grid = (out.shape[2], heads, count)
-    args = (rows._replace(stride_b=key.stride(0)), out, heads, length, out.shape[2])
-    return out, Launch(reach_kernel, grid, args, constants, {"num_warps": 4, "num_stages": 2})
+    marked = tuple(b._replace(segments=tuple(mark(s) for s in b.segments)) for b in branches)
+    return marked, tuple(launches)
 
 
 def plan(
@@ -321,6 +269,7 @@ def plan(
     out: Tensor,
     lse: Tensor,
     arch: str,
+    fast: bool = False,
 ) -> Launch:
     """The launch of a call.
 
@@ -328,15 +277,17 @@ def plan(
         kernels: gives the kernel called "attention" or "decoupled".
         out, lse: what the launch fills.
         arch: a name in the configuration table.
+        fast: multiply queries and keys as INT8 where that saves time.
     """
     batch, heads, length, dim = query.shape
+    fast = fast and is_quantised(arch, dim)
     arguments, order = _branches(query, branches)
     segments = [s for a in arguments for s in a.segments]
     keys = [s.length for s in segments]
     scale2 = softmax_scale * _LOG2E
     constants: dict[str, Any] = {"D": dim}
     before: tuple[Launch, ...] = ()
-    if _is_decoupled(branches, arguments):
+    if not fast and _is_decoupled(branches, arguments):
         name = "decoupled"
         tile = decoupled_tile(arch, dim, query.element_size(), sum(keys))
         constants |= {"BLOCK_M": tile.block_m, "COLUMNS": tile.block_n}
@@ -352,10 +303,14 @@ def plan(
             tile = Tile(*known.tile)
         constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         arguments = tuple(_with_capabilities(a, scale2, tile.block_n) for a in arguments)
-        folded = len(segments) > 1 or any(a.query_map or a.content for a in arguments)
-        folded |= any(s.key_map is not None for s in segments)
-        if query.dtype == torch.bfloat16 and is_bounded(arch, dim, folded=folded):
-            arguments, before = _with_reach(arguments, heads, BOUNDED[arch])
+        reach: dict[Any, Tensor] = {}
+        if fast:
+            arguments, reach, before = _with_quantised(arguments)
+        if query.dtype == torch.bfloat16 and is_bounded(arch, dim):
+            arguments, more = _with_reach(arguments, BOUNDED[arch], reach)
+            before = (*before, *more)
+        if is_parked(arch, dim):
+            arguments = tuple(_with_park(a, out) for a in arguments)
         args = (out, lse, arguments, order, heads, length, scale2)
     grid = (-(-length // tile.block_m), heads, batch)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .configs import high_width, low_width
 
@@ -55,6 +56,12 @@ class Rows(NamedTuple):
     aligned: Any
 
 
+def rows_of(x: Tensor, *, broadcast: bool = False) -> Rows:
+    """A tensor as a kernel's argument; `broadcast`: its first row serves all."""
+    strides = (0 if broadcast else x.stride(0), x.stride(1), x.stride(2))
+    return Rows(x, *strides, aligned=1 if all(s % 8 == 0 for s in strides) else None)
+
+
 class SegmentArgs(NamedTuple):
     """What a kernel knows about one segment; None is a capability that it does without."""
 
@@ -74,6 +81,7 @@ class SegmentArgs(NamedTuple):
     single: Any  # 1: one step holds all keys
     signed: Any  # 1: the logit scale may be negative
     reach: Any  # how far the keys reach: the softmax may do without a running maximum
+    quantised: Any  # the keys as INT8
 
 
 class BranchArgs(NamedTuple):
@@ -86,6 +94,7 @@ class BranchArgs(NamedTuple):
     segments: Any
     null_keys: Any
     weight: Any
+    park: Any  # Rows of the output: folded queries are put there and read again
 
 
 @triton.jit
@@ -371,7 +380,38 @@ def fold_query(branch, segment, place, factor, D: tl.constexpr):
         term *= factor
     if segment.signed is not None:
         q = flip_tile(q, factor)
+    if branch.park is not None:
+        q = park_tile(branch.park, place, q, D)
     return q, scale, term
+
+
+@triton.jit
+def park_tile(x, place, q, D: tl.constexpr):
+    """The same chunks, from memory: what is computed is multiplied from registers, what is loaded
+    from shared memory, and registers are what a loop on sm_90 runs out of. `x`: the rows of the
+    output that this program will write."""
+    b, h, _, start, m, valid = place
+    at = token_pointer(x, b, h, start)
+    tl.debug_barrier()
+    store_tile(at, x.stride_n, m, valid, q, D)
+    tl.debug_barrier()
+    low = load_parked(at, x.stride_n, m, valid, 0, low_width(D), D)
+    if high_width(D) == 0:
+        return (low,)
+    else:
+        return (low, load_parked(at, x.stride_n, m, valid, low_width(D), high_width(D), D))
+
+
+@triton.jit
+def load_parked(
+    pointer, stride_n, m, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
+):
+    """[M, WIDTH]: what `store_chunk` wrote, zero elsewhere."""
+    d = FIRST + tl.arange(0, WIDTH)
+    seen = valid[:, None] & (d < D)[None, :]
+    return tl.load(
+        pointer + m[:, None] * stride_n + d[None, :], mask=seen, other=0.0, volatile=True
+    )
 
 
 @triton.jit

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .primitives import token_offsets, token_pointer
+from .configs import next_power_of_2
+from .launch import Launch
+from .primitives import rows_of, token_offsets, token_pointer
 
 PARTS = tl.constexpr(16)  # most partial maxima of a row and head
 
@@ -54,3 +58,14 @@ def reach_of(reach, row, h):
     part = tl.arange(0, PARTS)
     at = reach.pointer + row * reach.stride_b + h * reach.parts + part
     return tl.sqrt_rn(tl.max(tl.load(at, mask=part < reach.parts, other=0.0), 0))
+
+
+def reach_launch(key: Tensor) -> tuple[Tensor, Launch]:
+    """(what will hold the reach [R, H, parts] of keys, the launch that fills it)."""
+    count, heads, length, dim = key.shape
+    run = max(64, next_power_of_2(-(-length // int(PARTS))))
+    out = torch.empty(count, heads, -(-length // run), dtype=torch.float32, device=key.device)
+    constants = {"D": dim, "WIDTH": max(16, next_power_of_2(dim)), "RUN_N": run, "BLOCK_N": 64}
+    grid = (out.shape[2], heads, count)
+    args = (rows_of(key), out, heads, length, out.shape[2])
+    return out, Launch(reach_kernel, grid, args, constants, {"num_warps": 4, "num_stages": 2})

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import next_power_of_2
-from .planning import Launch, reasons
+from .device import reasons
+from .launch import Launch
 from .primitives import Rows, token_offsets, token_pointer
 
 BLOCK = 64  # tokens per tile
@@ -96,14 +97,10 @@ def stats_kernel(
 
 
 @triton.jit
-def merge_kernel(
-    x, stride_d, means, squares, mean_out, std_out, H, N, runs, eps,
-    D: tl.constexpr, WIDTH: tl.constexpr, RUN_N: tl.constexpr,
-):  # fmt: skip
-    """Merge the runs of one (batch row, head). Grid: (1, heads, batch rows)."""
-    h = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    row = b * H + h
+def _merged_moments(
+    means, squares, row, N, runs, D: tl.constexpr, WIDTH: tl.constexpr, RUN_N: tl.constexpr
+):
+    """(count, mean - token 0, squared deviations) [WIDTH] of all runs of one (batch row, head)."""
     d = tl.arange(0, WIDTH)
     count = tl.zeros([WIDTH], tl.float32)
     mean = tl.zeros([WIDTH], tl.float32)
@@ -114,9 +111,50 @@ def merge_kernel(
         mean2 = tl.load(means + at, mask=d < D, other=0.0)
         square2 = tl.load(squares + at, mask=d < D, other=0.0)
         count, mean, square = merge_moments(count, mean, square, tokens, mean2, square2)
+    return count, mean, square
+
+
+@triton.jit
+def merge_kernel(
+    x, stride_d, means, squares, mean_out, std_out, H, N, runs, eps,
+    D: tl.constexpr, WIDTH: tl.constexpr, RUN_N: tl.constexpr,
+):  # fmt: skip
+    """Merge the runs of one (batch row, head). Grid: (1, heads, batch rows)."""
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    row = b * H + h
+    d = tl.arange(0, WIDTH)
+    count, mean, square = _merged_moments(means, squares, row, N, runs, D, WIDTH, RUN_N)
     first = _first_token(x, b, h, stride_d, D, WIDTH)
     tl.store(mean_out + row * D + d, first + mean, mask=d < D)
     tl.store(std_out + row * D + d, _deviation(count, square, eps), mask=d < D)
+
+
+@triton.jit
+def adain_kernel(
+    x, stride_d, means, squares, rows, scale, shift, center, aim, H, N, runs, eps,
+    D: tl.constexpr, WIDTH: tl.constexpr, RUN_N: tl.constexpr,
+):  # fmt: skip
+    """From the moments of runs to the map that AdaIN is, [B, H, D] each: scale, shift, the row's
+    own means, and those it aims at. A row that is its own reference, or has none (-1), keeps what
+    it has. Grid: (1, heads, batch rows)."""
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    r = tl.load(rows + b).to(tl.int64)
+    plain = (r < 0) | (r == b)
+    r = tl.maximum(r, 0)
+    d = tl.arange(0, WIDTH)
+    at = (b * H + h) * D + d
+    count, mean, square = _merged_moments(means, squares, b * H + h, N, runs, D, WIDTH, RUN_N)
+    mean += _first_token(x, b, h, stride_d, D, WIDTH)
+    std = _deviation(count, square, eps)
+    count, mean2, square = _merged_moments(means, squares, r * H + h, N, runs, D, WIDTH, RUN_N)
+    mean2 += _first_token(x, r, h, stride_d, D, WIDTH)
+    slope = tl.where(plain, 1.0, _deviation(count, square, eps) / std)
+    tl.store(scale + at, slope, mask=d < D)
+    tl.store(shift + at, tl.where(plain, 0.0, mean2 - mean * slope), mask=d < D)
+    tl.store(center + at, mean, mask=d < D)
+    tl.store(aim + at, mean2, mask=d < D)
 
 
 def stats_launches(x: Tensor, eps: float, mean: Tensor, std: Tensor) -> list[Launch]:
@@ -142,6 +180,46 @@ def stats_launches(x: Tensor, eps: float, mean: Tensor, std: Tensor) -> list[Lau
         args = (rows, x.stride(3), *parts, mean, std, *shape)
         launches.append(Launch(merge_kernel, (1, heads, batch), args, constants, options))
     return launches
+
+
+def adain_launches(x: Tensor, rows: Tensor, eps: float, maps: Tensor) -> list[Launch]:
+    """The two launches that fill maps [4, B, H, D] fp32: see `adain_kernel`."""
+    batch, heads, length, dim = x.shape
+    runs = -(-length // RUN)
+    scratch = torch.empty(2, batch, heads, runs, dim, dtype=torch.float32, device=x.device)
+    constants = {"D": dim, "WIDTH": max(16, next_power_of_2(dim)), "RUN_N": RUN}
+    options = {"num_warps": _WARPS, "num_stages": 2}
+    source = (Rows(x, x.stride(0), x.stride(1), x.stride(2), aligned=None), x.stride(3))
+    parts, shape = (scratch[0], scratch[1]), (heads, length, runs, eps)
+    partial = {**constants, "FINAL": False, "BLOCK_N": BLOCK}
+    args = (*source, *parts, rows, *maps.unbind(), *shape)
+    grid = (heads, batch)
+    return [
+        Launch(stats_kernel, (runs, *grid), (*source, *parts, *shape), partial, options),
+        Launch(adain_kernel, (1, *grid), args, constants, options),
+    ]
+
+
+def adain_forward(x: Tensor, rows: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """AdaIN of every row of x to its reference row: scale, shift, the row's own means, and those it
+    aims at, [B, H, D] fp32 each.
+
+    Args:
+        x: [B, H, N, D], as `token_stats_forward`.
+        rows: int [B] on the device of x; -1, or the row itself: scale 1 and shift 0, exactly.
+
+    Raises:
+        ValueError: where the kernels cannot run on x.
+    """
+    found = reasons(x, ())
+    if found:
+        raise ValueError(f"adain: {'; '.join(found)}")
+    batch, heads, _, dim = x.shape
+    maps = torch.empty(4, batch, heads, dim, dtype=torch.float32, device=x.device)
+    if x.numel():
+        for launch in adain_launches(x, rows, eps, maps):
+            launch.run(x.device)
+    return maps.unbind()
 
 
 def token_stats_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

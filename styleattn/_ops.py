@@ -135,12 +135,13 @@ def attention_op(
     backend: str,
     call: str,
     exact_lse: bool,
+    fast: bool,
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, L, D] and lse [G, B, H, L] of a packed call; `backend` "" chooses, `call` names it
-    in errors; `exact_lse`: somebody reads the lse, so give back what folding took from it."""
-    return _compute(
-        query, unpack(tensors, layout, numbers), softmax_scale, backend or None, call, exact_lse
-    )
+    in errors; `exact_lse`: somebody reads the lse, so give back what folding took from it;
+    `fast`: INT8 products of queries and keys."""
+    branches = unpack(tensors, layout, numbers)
+    return _compute(query, branches, softmax_scale, backend or None, call, exact_lse, fast)
 
 
 def _compute(
@@ -150,14 +151,18 @@ def _compute(
     backend: str | None,
     call: str,
     exact_lse: bool,
+    fast: bool,
 ) -> tuple[Tensor, Tensor]:
     """A normalised call on the backend that runs it."""
-    name = backends.resolve(call, query, branches, backend)
+    name = backends.resolve(call, query, branches, backend, fast)
     if query.shape[0] == 0:
         return _blhd(query), _empty_lse(query, len(branches))
     _check_rows(call, branches)
     with backends.without_autocast(query.device.type):
         forward = backends.load(name).attention_forward
+        if fast:
+            found: tuple[Tensor, Tensor] = forward(query, branches, softmax_scale, fast=True)
+            return found
         out, lse = forward(query, branches, softmax_scale)
         if exact_lse and backends.rounds_queries(name, query):
             lse = refined(forward, query, branches, softmax_scale, lse)
@@ -194,6 +199,7 @@ def _attention_fake(
     backend: str,
     call: str,
     exact_lse: bool,
+    fast: bool,
 ) -> tuple[Tensor, Tensor]:
     return _blhd(query), _empty_lse(query, layout[0])
 
@@ -270,7 +276,7 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         grad_out, grad_lse, query, tensors, layout, numbers, softmax_scale, lse, needed
     )
     found = [g if need else None for g, need in zip(grads, needed, strict=True)]
-    return found[0], found[1:], None, None, None, None, None, None
+    return found[0], found[1:], *(None for _ in range(7))
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)
@@ -306,26 +312,31 @@ def attention(
     backend: str | None,
     call: str,
     exact_lse: bool = False,
+    fast: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A normalised call through the op boundary, where there is somebody on the other side of it.
 
     Args:
         exact_lse: the caller reads the lse: in half precision it costs folded branches one more
             pass.
+        fast: INT8 products of queries and keys, which have no gradients.
 
     Raises:
         RuntimeError: forward-mode differentiation, which the op does not have.
+        Unsupported: gradients of a fast call.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling and _unseen([query, *_tensors(branches)]):
-        return _compute(query, branches, softmax_scale, backend, call, exact_lse)
+        return _compute(query, branches, softmax_scale, backend, call, exact_lse, fast)
+    if fast and torch.is_grad_enabled():
+        backends.refuse_gradients(call, query, branches, [query, *_tensors(branches)])
     tensors, layout, numbers = pack(branches)
     if not compiling and forward_ad._current_level >= 0:
         dual = [x for x in (query, *tensors) if forward_ad.unpack_dual(x).tangent is not None]
         if dual:
             raise RuntimeError(f"{call}: no forward-mode differentiation, only reverse mode")
     return attention_op(
-        query, tensors, layout, numbers, softmax_scale, backend or "", call, exact_lse
+        query, tensors, layout, numbers, softmax_scale, backend or "", call, exact_lse, fast
     )
 
 
@@ -371,6 +382,16 @@ def token_stats(x: Tensor, eps: float, backend: str | None) -> tuple[Tensor, Ten
     if not torch.compiler.is_compiling() and _unseen([x]):
         return _compute_stats(x, eps, backend)
     return token_stats_op(x, eps, backend or "")
+
+
+def adain(x: Tensor, rows: Tensor, eps: float, backend: str | None) -> tuple[Tensor, ...] | None:
+    """Scale, shift, own means and aimed-at means of AdaIN to `rows` in one go, [B, H, D] each; None
+    where the backend has no kernel for it, or somebody watches."""
+    if torch.compiler.is_compiling() or not _unseen([x, rows]):
+        return None
+    module = backends.load_stats(backends.resolve_stats("token_stats", x, backend))
+    fused = getattr(module, "adain_forward", None)
+    return None if fused is None else fused(x, rows, eps)
 
 
 OPS: tuple[Callable[..., Any], ...] = (attention_op, attention_backward_op, token_stats_op)

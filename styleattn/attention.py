@@ -9,12 +9,21 @@ import torch
 from torch import Tensor
 
 from styleattn import _ops, backends
+from styleattn._checks import (
+    Number,
+    as_rows,
+    check_like_query,
+    check_precision,
+    mask_reasons,
+    masked,
+    number_reasons,
+    per_row,
+    row_map,
+)
 from styleattn._maps import on_device
 from styleattn.branch import Affine, Branch, Segment, check_query, normalize
 from styleattn.errors import describe, invalid
-from styleattn.statistics import TokenStats, adain_affine, check_eps, token_stats
-
-Number = float | Tensor
+from styleattn.statistics import adain_to_rows, check_eps
 
 
 def attention(
@@ -23,6 +32,7 @@ def attention(
     *,
     softmax_scale: float | None = None,
     return_lse: bool = False,
+    precision: str = "exact",
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over branches of segments: one softmax per branch, branches added with weights.
@@ -44,6 +54,18 @@ def attention(
             logarithm. Within 1e-5 in fp32 (relative above 1), within 1e-3 in half precision; there
             a branch with a folded query (an affine, a blend, a scale per row) costs one more pass
             over its keys, which a call without it does not pay.
+        precision: "fast" multiplies queries and keys as INT8 where that saves time (backend
+            "triton" on sm_80 and sm_89, and on sm_90 at head dimensions 64 and 128; computed as
+            "exact" elsewhere, and for segments that blend or bias their keys). Half precision
+            only, no gradients. With q = a_k Q', c the mean of the segment's keys, scales per query
+            and per 128 keys, the logits of query i move by at most
+
+                eps_i = |alpha| sigma / 254 * max_j (max |q_i| |k_j - c|_1 + max |k - c| |q_i|_1)
+
+            (the second max over j's 128 keys), so its LSE by eps_i and its output by
+            (exp(2 eps_i) - 1) sum_j p_ij |V'_j|, beside what "exact" loses. Errors of both signs
+            cancel: the logits' root mean square error is alpha sigma / (127 sqrt(12)) times
+            sqrt(max |q_i|^2 |k_j - c|_2^2 + max |k - c|^2 |q_i|_2^2). "exact" never does this.
         backend: "reference", "torch", "cpu", "triton", or None for the first that can run the call
             on the query's device.
 
@@ -54,8 +76,10 @@ def attention(
     Raises:
         Invalid: the call has no meaning; all reasons at once.
         Unsupported: the backend asked for cannot run it; all reasons at once.
+
+    Source: of INT8 products with centred keys: Zhang et al., SageAttention, arXiv 2410.02367.
     """
-    return _run("attention", query, branches, softmax_scale, return_lse, backend)
+    return _run("attention", query, branches, softmax_scale, return_lse, backend, precision)
 
 
 def _run(
@@ -65,73 +89,13 @@ def _run(
     softmax_scale: float | None,
     return_lse: bool,
     backend: str | None,
+    precision: str = "exact",
 ) -> Tensor | tuple[Tensor, Tensor]:
     backends.check_name(call, backend)
+    check_precision(call, precision)
     normal, scale = normalize(call, query, branches, softmax_scale)
-    out, lse = _ops.attention(query, normal, scale, backend, call, return_lse)
+    out, lse = _ops.attention(query, normal, scale, backend, call, return_lse, precision == "fast")
     return (out, lse) if return_lse else out
-
-
-def _row_map(call: str, name: str, rows: object, query: Tensor, available: int) -> Tensor:
-    """A row map as an int tensor [B], with every entry in -1..available-1 where it can be read
-    without a device sync."""
-    rows = _as_rows(rows)
-    reasons = []
-    if not isinstance(rows, Tensor) or rows.shape != query.shape[:1]:
-        reasons.append(f"{name} must be int [{query.shape[0]}], got {describe(rows)}")
-    elif rows.dtype not in (torch.int32, torch.int64):
-        reasons.append(f"{name} must be int32 or int64, got {rows.dtype}")
-    elif rows.device.type == "cpu" and not torch.compiler.is_compiling():
-        values = rows.tolist()
-        bad = [r for r in values if not -1 <= r < available]
-        chained = (
-            [r for r in values if 0 <= r < available and values[r] != r]
-            if name == "reference_rows" and not bad
-            else []
-        )
-        if bad:
-            reasons.append(f"{name} has {bad}, rows are 0..{available - 1} (-1: none)")
-        if chained:
-            reasons.append(
-                f"{name} has {sorted(set(chained))}, which are no references: "
-                "a reference's reference is itself"
-            )
-    if reasons:
-        raise invalid(call, reasons, f"query {describe(query)}")
-    assert isinstance(rows, Tensor)
-    return rows
-
-
-def _as_rows(rows: Any) -> Any:
-    """A sequence of ints as a tensor; anything else as it is, to be refused with its name."""
-    whole = isinstance(rows, (list, tuple)) and all(isinstance(r, int) for r in rows)
-    return torch.tensor(rows, dtype=torch.int64) if whole else rows
-
-
-def _per_row(call: str, query: Tensor, **numbers: object) -> None:
-    """Refuse tensors that are neither scalars nor [B]."""
-    reasons = [
-        f"{name} must be a scalar or [{query.shape[0]}], got {list(x.shape)}"
-        for name, x in numbers.items()
-        if isinstance(x, Tensor) and tuple(x.shape) not in ((), (query.shape[0],))
-    ]
-    if reasons:
-        raise invalid(call, reasons, f"query {describe(query)}")
-
-
-def _adain_to_rows(
-    x: Tensor, rows: Tensor, plain: Tensor, eps: float, backend: str | None
-) -> tuple[Affine, Tensor]:
-    """AdaIN of every row of x to its reference row; the identity, exactly, on `plain` rows. Also
-    the references' means."""
-    own = token_stats(x, eps=eps, backend=backend)
-    mean, std = (t.index_select(0, rows) for t in own)
-    affine = adain_affine(own, TokenStats(mean, std))
-    plain = plain[:, None, None]
-    scale = torch.where(plain, torch.ones_like(affine.scale), affine.scale)
-    return Affine(
-        scale, torch.where(plain, torch.zeros_like(affine.shift), affine.shift), own.mean
-    ), mean
 
 
 def shared_attention(
@@ -148,6 +112,7 @@ def shared_attention(
     eps: float = 1e-5,
     softmax_scale: float | None = None,
     return_lse: bool = False,
+    precision: str = "exact",
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """StyleAligned's shared attention: every row attends to its own tokens and to those of its
@@ -170,6 +135,7 @@ def shared_attention(
             picture. -inf removes the sharing.
         return_lse: also the log-sum-exp [1, B, H, N] of the official formulation (a reference row
             counts its keys twice).
+        precision: "exact" or "fast": see `attention`.
 
     Raises:
         Invalid, Unsupported: as `attention`.
@@ -178,18 +144,16 @@ def shared_attention(
         3 and sec. 3.2.
     """
     check_query("shared_attention", query)
-    rows = _row_map("shared_attention", "reference_rows", reference_rows, query, query.shape[0])
+    rows = row_map("shared_attention", "reference_rows", reference_rows, query, query.shape[0])
     own = torch.arange(len(rows), dtype=rows.dtype, device=rows.device)
     plain = (rows == own) | (rows < 0)
-    device_rows, device_plain = (on_device(t, query.device) for t in (rows.clamp(min=0), plain))
-    _check_like_query("shared_attention", query, key=key, value=value)
+    on = on_device(rows, query.device)
+    check_like_query("shared_attention", query, key=key, value=value)
     check_eps("shared_attention", eps, query)
-    _per_row("shared_attention", query, score_scale=score_scale, score_shift=score_shift)
+    per_row("shared_attention", query, score_scale=score_scale, score_shift=score_shift)
 
     def adain(wanted: bool, x: Tensor) -> tuple[Affine | None, Tensor | None]:
-        return (
-            _adain_to_rows(x, device_rows, device_plain, eps, backend) if wanted else (None, None)
-        )
+        return adain_to_rows(x, on, eps=eps, backend=backend) if wanted else (None, None)
 
     query_affine, _ = adain(adain_queries, query)
     key_affine, key_mean = adain(adain_keys, key)
@@ -215,18 +179,11 @@ def shared_attention(
         softmax_scale,
         return_lse,
         backend,
+        precision,
     )
     if not return_lse:
         return result
     return result[0], _counted_twice(result[1], rows == own, score_shift)
-
-
-def _check_like_query(call: str, query: Tensor, **others: object) -> None:
-    for name, x in others.items():
-        if not isinstance(x, Tensor) or x.shape != query.shape:
-            reason = f"{name} must be like query {list(query.shape)}, got {describe(x)}"
-            raise invalid(call, [reason], describe(query))
-        check_query(call, x, name)
 
 
 def _counted_twice(lse: Tensor, rows: Tensor, shift: Number) -> Tensor:
@@ -251,6 +208,7 @@ def injected_attention(
     key_bias: Tensor | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
+    precision: str = "exact",
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """StyleID's attention injection: the style's keys and values, part of the content's query, a
@@ -267,6 +225,7 @@ def injected_attention(
         gamma, temperature, kv_blend: scalar or [B]. The paper: 0.75, 1.5, 1.
         own_key, own_value: [B, H, S, D], needed when kv_blend < 1.
         rows: int [B], the style row that serves each query row; needed unless R is 1 or B.
+        precision: "exact" or "fast": see `attention`.
 
     Raises:
         Invalid, Unsupported: as `attention`.
@@ -280,13 +239,13 @@ def injected_attention(
         and content_query.shape[0] == 1
     ):
         content_query = content_query.expand(query.shape[0], -1, -1, -1)
-    reasons = _number_reasons("gamma", gamma, query)
+    reasons = number_reasons("gamma", gamma, query)
     if reasons:
         raise invalid("injected_attention", reasons, f"query {describe(query)}")
     segment = Segment(
         key,
         value,
-        rows=_as_rows(rows),
+        rows=as_rows(rows),
         logit_scale=temperature,
         key_bias=key_bias,
         own_key=own_key,
@@ -295,7 +254,8 @@ def injected_attention(
     )
     share = 0.0 if content_query is None else gamma
     branch = Branch((segment,), content_query=content_query, gamma=share)
-    return _run("injected_attention", query, (branch,), softmax_scale, return_lse, backend)
+    call = "injected_attention"
+    return _run(call, query, (branch,), softmax_scale, return_lse, backend, precision)
 
 
 def decoupled_attention(
@@ -351,47 +311,12 @@ def decoupled_attention(
         if not isinstance(pair, (tuple, list)) or len(pair) != 2
     ]
     for n, mask in enumerate(per_mask):
-        reasons += _mask_reasons(n, mask, query)
+        reasons += mask_reasons(n, mask, query)
     for n, (weight, mask) in enumerate(zip(per_prompt, per_mask, strict=False)):
-        reasons += [] if mask is None else _number_reasons(f"weights[{n}]", weight, query)
+        reasons += [] if mask is None else number_reasons(f"weights[{n}]", weight, query)
     if reasons:
         raise invalid("decoupled_attention", reasons, f"query {describe(query)}")
     branches = [Branch((Segment(key, value, key_bias=key_bias),))]
     for (k, v), weight, mask in zip(prompts, per_prompt, per_mask, strict=True):
-        branches.append(Branch((Segment(k, v),), weight=_masked(weight, mask, batch, length)))
+        branches.append(Branch((Segment(k, v),), weight=masked(weight, mask, batch, length)))
     return _run("decoupled_attention", query, branches, softmax_scale, return_lse, backend)
-
-
-def _mask_reasons(n: int, mask: object, query: Tensor) -> list[str]:
-    """Why a spatial mask has no meaning."""
-    if mask is None:
-        return []
-    batch, _, length, _ = query.shape
-    shapes = ((length,), (1, length), (batch, length))
-    if not isinstance(mask, Tensor) or tuple(mask.shape) not in shapes:
-        want = f"[{length}], [1, {length}] or [{batch}, {length}]"
-        return [f"masks[{n}] must be {want}, got {describe(mask)}"]
-    if mask.device != query.device:
-        return [f"masks[{n}] is on {mask.device}, query is on {query.device}"]
-    return []
-
-
-def _number_reasons(name: str, x: object, query: Tensor) -> list[str]:
-    """Why a weight has no meaning."""
-    batch, _, length, _ = query.shape
-    if isinstance(x, Tensor):
-        if tuple(x.shape) in ((), (batch,), (batch, length)):
-            return []
-        return [f"{name} must be a scalar, [{batch}] or [{batch}, {length}], got {list(x.shape)}"]
-    if isinstance(x, (int, float)) and not isinstance(x, bool):
-        return []
-    return [f"{name} must be a number or a tensor, got a {type(x).__name__}"]
-
-
-def _masked(weight: Number, mask: Tensor | None, batch: int, length: int) -> Number:
-    """A weight times a spatial mask: [B, L]."""
-    if mask is None:
-        return weight
-    if isinstance(weight, Tensor) and weight.ndim == 1:
-        weight = weight[:, None]
-    return (weight * mask).expand(batch, length)

@@ -25,6 +25,7 @@ MODULES = {
 }
 _STATS = {"triton": "styleattn.kernels.stats"}
 ENVIRONMENT = "STYLEATTN_BACKEND"
+FAST = ("triton", "reference")
 PREFERENCE = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
 """Order of choice for `backend=None`; `measured.TABLE` reorders it for calls that it knows."""
 
@@ -94,6 +95,31 @@ def reasons_against(name: str, query: Tensor, branches: tuple[Branch, ...]) -> l
     return [missing] if missing else load(name).unsupported_reasons(query, branches)
 
 
+def _against_fast(name: str, query: Tensor) -> list[str]:
+    """Every reason why the named backend does not multiply the call's queries and keys as INT8."""
+    reasons = []
+    if name not in FAST:
+        reasons.append(f"precision='fast' is computed by {' and '.join(FAST)} only")
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"precision='fast' takes float16 and bfloat16, not {query.dtype}")
+    return reasons
+
+
+def refuse_gradients(
+    call: str, query: Tensor, branches: tuple[Branch, ...], tensors: Sequence[Tensor]
+) -> None:
+    """Refuse a fast call that autograd would have to see.
+
+    Raises:
+        Unsupported: a tensor requires grad.
+    """
+    if any(x.requires_grad for x in tensors):
+        raise Unsupported(
+            f"{call}: precision='fast' has no gradients, and an input requires grad\n"
+            f"  inputs: {describe_call(query, branches)}"
+        )
+
+
 def without_autocast(device: str) -> AbstractContextManager[object]:
     """How backends run: autocast off, where it is on."""
     if torch.is_autocast_enabled(device):
@@ -137,9 +163,15 @@ def _order(query: Tensor, branches: tuple[Branch, ...]) -> tuple[str, ...]:
     return usual if known is None else (known.backend, *(n for n in usual if n != known.backend))
 
 
-def resolve(call: str, query: Tensor, branches: tuple[Branch, ...], backend: str | None) -> str:
+def resolve(
+    call: str,
+    query: Tensor,
+    branches: tuple[Branch, ...],
+    backend: str | None,
+    fast: bool = False,
+) -> str:
     """The backend that runs the call: the one asked for, else the first of the device's order that
-    can.
+    can; in a fast call the specification is no choice but by name.
 
     Raises:
         Unsupported: the asked backend cannot run the call; the message lists all reasons and the
@@ -150,7 +182,9 @@ def resolve(call: str, query: Tensor, branches: tuple[Branch, ...], backend: str
     found: dict[str, list[str]] = {}
     for name in order:
         found[name] = reasons_against(name, query, branches)
-        if not found[name]:
+        if fast:
+            found[name] += _against_fast(name, query)
+        if not found[name] and (asked or not fast or name != "reference"):
             return name
     lines = "".join(
         f"\n    {name}: {reason}" for name, reasons in found.items() for reason in reasons

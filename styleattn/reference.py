@@ -12,6 +12,7 @@ from torch import Tensor
 from styleattn.branch import Affine, Branch, Segment
 
 NEG_INF = float("-inf")
+BLOCK = 128  # keys that share a scale where they are INT8
 
 
 def unsupported_reasons(query: Tensor, branches: tuple[Branch, ...]) -> list[str]:
@@ -79,32 +80,61 @@ def _removed(s: Segment, batch: int, device: torch.device) -> Tensor:
     return gone
 
 
-def _logits(q: Tensor, k: Tensor, s: Segment, softmax_scale: float) -> Tensor:
+def _rounded(x: Tensor, peak: Tensor) -> Tensor:
+    """x in 127 steps of its peak, rounded to nearest even, and back."""
+    step = peak / 127
+    return torch.where(peak == 0, 0.0, torch.round(x / step) * step)
+
+
+def _fast_products(q: Tensor, s: Segment) -> Tensor:
+    """<Q', K'>, where queries and centred keys meet as INT8: a query has one scale, BLOCK keys have
+    one. The keys' mean and the affine's shift meet the query as it is.
+
+        <Q', a K + b> = <Q', b> + <q, c> + <q, K - c>,   q = a Q'
+    """
+    k = _gather(s.key, s.rows, q.shape[0]).to(q.dtype)
+    affine = s.key_affine
+    center = None if affine is None else affine.center
+    center = (k.mean(-2) if center is None else center)[:, :, None]
+    folded = q if affine is None else affine.scale[:, :, None] * q
+    k = k - center
+    parts = [_rounded(part, part.abs().amax((-2, -1), keepdim=True)) for part in k.split(BLOCK, 2)]
+    near = _rounded(folded, folded.abs().amax(-1, keepdim=True))
+    products = folded @ center.transpose(-1, -2) + near @ torch.cat(parts, 2).transpose(-1, -2)
+    if affine is not None:
+        products = products + q @ affine.shift[..., None]
+    return products
+
+
+def _logits(products: Tensor, s: Segment, softmax_scale: float) -> Tensor:
     """alpha * sigma * <Q', K'> + beta + keybias, [B, H, L, S]; -inf where the segment or the key is
     removed."""
-    logits = over(s.logit_scale, 4) * (softmax_scale * (q @ k.transpose(-1, -2)))
+    logits = over(s.logit_scale, 4) * (softmax_scale * products)
     beta = over(s.logit_bias, 4)
     if not isinstance(beta, Tensor):
-        beta = torch.full((1, 1, 1, 1), beta, dtype=q.dtype, device=q.device)
+        beta = torch.full((1, 1, 1, 1), beta, dtype=products.dtype, device=products.device)
     if s.key_bias is not None:
         per_key = s.key_bias[:, None, None] if s.key_bias.ndim == 2 else s.key_bias
-        beta = beta + (_gather(per_key, s.rows, q.shape[0]) if s.key_bias.ndim == 2 else per_key)
+        beta = beta + (_gather(per_key, s.rows, len(products)) if s.key_bias.ndim == 2 else per_key)
     if s.rows is not None:
-        removed = s.rows.to(q.device) < 0
+        removed = s.rows.to(products.device) < 0
         beta = beta.masked_fill(removed.reshape(-1, 1, 1, 1), NEG_INF)
     return torch.where(beta == NEG_INF, NEG_INF, logits + beta)
 
 
 def branch_forward(
-    query: Tensor, branch: Branch, softmax_scale: float, dtype: torch.dtype
+    query: Tensor, branch: Branch, softmax_scale: float, dtype: torch.dtype, fast: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """One softmax: its output [B, H, L, D] and log-sum-exp [B, H, L]."""
+    """One softmax: its output [B, H, L, D] and log-sum-exp [B, H, L]. Fast: keys that are neither
+    blended nor biased meet the query as INT8."""
     q = _effective_query(query, branch, dtype)
     batch, heads, length, dim = q.shape
     logits, values = [], []
     for s in branch.segments:
         k, v = _keys_and_values(s, batch, dtype)
-        logits.append(_logits(q, k, s, softmax_scale))
+        plain = s.key_bias is None and s.own_key is None and s.key.shape[2] > 0
+        products = _fast_products(q, s) if fast and plain else q @ k.transpose(-1, -2)
+        logits.append(_logits(products, s, softmax_scale))
         values.append(v)
         if s.null_keys:
             logits.append(q.new_zeros(batch, heads, length, s.null_keys))
@@ -116,16 +146,16 @@ def branch_forward(
 
 
 def attention_forward(
-    query: Tensor, branches: tuple[Branch, ...], softmax_scale: float
+    query: Tensor, branches: tuple[Branch, ...], softmax_scale: float, fast: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The whole operation: out [B, H, L, D] in the query's dtype, lse [G, B, H, L] in fp32 (fp64
-    for fp64)."""
+    for fp64). fast: INT8 products of queries and keys."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, heads, length, dim = query.shape
     total = torch.zeros(batch, length, heads, dim, dtype=dtype, device=query.device).transpose(1, 2)
     lses = []
     for branch in branches:
-        out, lse = branch_forward(query, branch, softmax_scale, dtype)
+        out, lse = branch_forward(query, branch, softmax_scale, dtype, fast)
         lses.append(lse)
         if isinstance(branch.weight, Tensor) or branch.weight != 0.0:
             total += over(branch.weight, 4) * out

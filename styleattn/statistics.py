@@ -68,6 +68,28 @@ def adain_affine(own: TokenStats, reference: TokenStats) -> Affine:
     return Affine(scale, reference.mean - own.mean * scale, own.mean)
 
 
+def adain_to_rows(
+    x: Tensor, rows: Tensor, *, eps: float, backend: str | None
+) -> tuple[Affine, Tensor]:
+    """AdaIN of every row of x to the row `rows` names, with the identity, exactly, for a row that
+    names itself or none (-1); and the means that rows aim at, [B, H, D].
+
+    Args:
+        x: [B, H, N, D]. rows: int [B] on its device.
+    """
+    found = _ops.adain(x, rows, eps, backend)
+    if found is not None:
+        return Affine(*found[:3]), found[3]
+    own = token_stats(x, eps=eps, backend=backend)
+    mean, std = (t.index_select(0, rows.clamp(min=0)) for t in own)
+    affine = adain_affine(own, TokenStats(mean, std))
+    names_itself = rows == torch.arange(len(rows), dtype=rows.dtype, device=rows.device)
+    plain = (names_itself | (rows < 0))[:, None, None]
+    scale = torch.where(plain, torch.ones_like(affine.scale), affine.scale)
+    shift = torch.where(plain, torch.zeros_like(affine.shift), affine.shift)
+    return Affine(scale, shift, own.mean), mean
+
+
 def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Exact merge of partial attentions over disjoint sets of keys (ring or context parallel,
     caches).

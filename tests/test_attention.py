@@ -416,7 +416,7 @@ def test_opcheck(backend):
     tensors = [t.requires_grad_() if t.is_floating_point() else t for t in tensors]
     torch.library.opcheck(
         _ops.attention_op,
-        (query.requires_grad_(), tensors, layout, numbers, scale, backend, "test", True),
+        (query.requires_grad_(), tensors, layout, numbers, scale, backend, "test", True, False),
     )
     torch.library.opcheck(_ops.token_stats_op, (query.detach(), 1e-5, backend))
 

@@ -14,7 +14,7 @@ from oracles import official_style_aligned
 
 import styleattn
 from styleattn.branch import Affine, Branch, Segment, normalize
-from styleattn.kernels import attention, planning
+from styleattn.kernels import attention, device
 from styleattn.kernels.attention import (
     attention_forward,
     attention_kernel,
@@ -320,7 +320,7 @@ def test_every_reason_at_once(monkeypatch):
     query = torch.empty(70000, 1, 1, 300, dtype=torch.float64)
     segment = Segment(query[:1], query[:1])
     branches = (Branch((segment,) * 65),)
-    monkeypatch.setattr(planning, "interpreted", lambda: False)
+    monkeypatch.setattr(device, "interpreted", lambda: False)
     found = "\n".join(unsupported_reasons(query, branches))
     for part in ("CPU tensors", "float64", "head_dim is 300", "batch is 70000", "65 segments"):
         assert part in found

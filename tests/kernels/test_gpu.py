@@ -10,6 +10,7 @@ import torch
 import styleattn
 from styleattn.branch import Branch, Segment
 from styleattn.norms import rms_norm_rotary, shared_group_norm
+from styleattn.statistics import adain_to_rows
 from styleattn.testing import (
     BranchSpec,
     CallSpec,
@@ -75,6 +76,34 @@ def test_decoupled(dtype):
         moved(query), moved(call), softmax_scale=scale, return_lse=True, backend="triton"
     )
     assert_within_error_budget(out.cpu(), lse.cpu(), query, call, scale)
+
+
+@pytest.mark.parametrize("dim", [40, 64, 80, 128, 160])
+@pytest.mark.parametrize("dtype", HALF)
+def test_fast(dim, dtype):
+    """INT8 products, or exact ones where these pay: what INT8 may lose, and what it must be."""
+    qkv, knobs = shared(dim=dim, dtype=dtype)
+    options = {"return_lse": True, "precision": "fast", **knobs}
+    out, lse = styleattn.shared_attention(*qkv, **options, backend="triton")
+    want, want_lse = styleattn.shared_attention(*qkv, **options, backend="reference")
+    true, _ = styleattn.shared_attention(
+        *(x.double() for x in qkv), return_lse=True, **knobs, backend="reference"
+    )
+    loss = relative_error(want, true)
+    assert relative_error(out, true) <= 1.1 * loss + 2 * torch.finfo(dtype).eps
+    if not torch.version.hip and torch.cuda.get_device_capability() == (9, 0) and dim in (64, 128):
+        assert relative_error(out, want) <= 0.1 * loss + 2 * torch.finfo(dtype).eps
+        assert (lse - want_lse).abs().max() < 2e-2
+
+
+def test_adain_maps():
+    x = features(torch.Generator().manual_seed(0), (4, 3, 1000, 64), torch.bfloat16, device="cuda")
+    rows = torch.tensor([0, 0, -1, 2], device="cuda")
+    got, aim = adain_to_rows(x, rows, eps=1e-5, backend="triton")
+    want, mean = adain_to_rows(x, rows, eps=1e-5, backend="reference")
+    for a, b in ((got.scale, want.scale), (got.shift, want.shift), (aim, mean)):
+        assert relative_error(a, b) < 1e-5
+    assert (got.scale[[0, 2]] == 1).all() and (got.shift[[0, 2]] == 0).all()
 
 
 def test_statistics():

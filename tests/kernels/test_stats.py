@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 
-from styleattn.kernels.stats import RUN, stats_launches, token_stats_forward
+import styleattn
+from styleattn.kernels import launch
+from styleattn.kernels.stats import RUN, adain_forward, stats_launches, token_stats_forward
+from styleattn.statistics import adain_to_rows
 from styleattn.testing import features
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy under the interpreter
@@ -75,3 +78,34 @@ def test_refusals_and_empty_batches():
         token_stats_forward(torch.zeros(1, 1, 4, 8, dtype=torch.float64), EPS)
     mean, std = token_stats_forward(torch.zeros(0, 2, 4, 8), EPS)
     assert mean.shape == std.shape == (0, 2, 8)
+
+
+@pytest.mark.parametrize(("length", "dim"), [(1, 8), (63, 40), (RUN + 70, 16)])
+def test_adain_in_two_launches(length, dim):
+    """The maps that the composition of operators gives; the identity, exactly, for references."""
+    x = features(torch.Generator().manual_seed(length), (4, 2, length, dim), torch.bfloat16)
+    rows = torch.tensor([0, 0, -1, 0])
+    scale, shift, center, aim = adain_forward(x, rows, EPS)
+    affine, mean = adain_to_rows(x, rows, eps=EPS, backend="reference")
+    for got, want in ((scale, affine.scale), (shift, affine.shift), (center, affine.center)):
+        assert (got - want).abs().max() <= 2e-6 * max(1, want.abs().max())
+    assert (aim - mean).abs().max() <= 2e-6 * mean.abs().max()
+    assert (scale[::2] == 1).all() and (shift[::2] == 0).all()
+
+
+def test_shared_attention_finds_its_maps_in_two_launches_a_tensor(monkeypatch):
+    started = []
+    run = launch.Launch.run
+    monkeypatch.setattr(
+        launch.Launch, "run", lambda self, on: started.append(self) or run(self, on)
+    )
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (features(g, (2, 1, 70, 16), torch.bfloat16) for _ in range(3))
+    styleattn.shared_attention(q, k, v, reference_rows=[0, 0], backend="triton")
+    names = [x.kernel.fn.__name__ for x in started]
+    maps = ["stats_kernel", "adain_kernel"]
+    assert names == [*maps, *maps, "attention_kernel", "reach_kernel"]
+    watched = styleattn.shared_attention(
+        q.clone().requires_grad_(), k, v, reference_rows=[0, 0], backend="triton"
+    )
+    assert watched.requires_grad
