@@ -5,6 +5,7 @@ Nothing is downloaded: each test wants a checkout of the official repository, na
 environment variable (and einops), and is skipped without it.
 
     OFFICIAL_FLUX=... OFFICIAL_PULID=... OFFICIAL_X_FLUX=... OFFICIAL_USO=... \\
+        OFFICIAL_OMINI_CONTROL=... \\
         python -m pytest tests/external/test_flux_models.py -s
 """
 
@@ -16,19 +17,28 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import checkpoints
 import pytest
 import random_flux
 import torch
+from peft import LoraConfig
 from random_flux import TEXT, TOKENS, relative
 from safetensors.torch import save_file
 from torch import Tensor
 
 from styleattn.adapters import load_flux_ip_adapter, load_pulid, load_uso
-from styleattn.methods import USO, FillDiptych, InContext, IPAdapter, PuLIDFLUX, Redux
+from styleattn.methods import (
+    USO,
+    FillDiptych,
+    InContext,
+    IPAdapter,
+    OminiControl,
+    PuLIDFLUX,
+    Redux,
+)
 from styleattn.processors import apply
 from styleattn.processors.flux import joint_attention_layers
 from styleattn.references import Reference
@@ -58,7 +68,7 @@ def imported(variable: str, folder: str, *names: str) -> Iterator[list[Any]]:
     finally:
         sys.path.pop(0)
         for name in set(sys.modules) - before:
-            if name.split(".")[0] in ("flux", "pulid", "eva_clip", "uso"):
+            if name.split(".")[0] in ("flux", "pulid", "eva_clip", "uso", "omini", "cv2"):
                 del sys.modules[name]
 
 
@@ -155,6 +165,17 @@ def ours(model: Any, x: dict[str, Tensor], *methods: Any) -> Tensor:
     with apply(model, *methods) if methods else contextlib.nullcontext():
         out: Tensor = model(**x, return_dict=False)[0]
     return out
+
+
+def tokens_at(latents: Tensor, offset: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """The packed tokens [1, N, 4 C] of latents [C, h, w], and their places [1, N, 3]."""
+    channels, height, width = latents.shape
+    cells = latents.reshape(channels, height // 2, 2, width // 2, 2).permute(1, 3, 0, 2, 4)
+    rows, columns = torch.meshgrid(
+        torch.arange(height // 2) + offset[0], torch.arange(width // 2) + offset[1], indexing="ij"
+    )
+    ids = torch.stack([torch.zeros_like(rows), rows, columns], -1)
+    return cells.reshape(1, -1, 4 * channels), ids.reshape(1, -1, 3).float()
 
 
 def close(name: str, a: Tensor, b: Tensor) -> None:
@@ -258,9 +279,7 @@ def test_uso(tmp_path: Path) -> None:
             )
 
         flux.vision_encoder = tower
-        cells = latents.reshape(1, 2, 2, 3, 2).permute(1, 3, 0, 2, 4).reshape(1, 6, 4)
-        rows, columns = torch.meshgrid(torch.arange(2) + 3, torch.arange(3) + 4, indexing="ij")
-        ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(1, 6, 3).float()
+        cells, ids = tokens_at(latents, (3.0, 4.0))
         pictures = [{"index": 0}, {"index": 1}]
         beside = {"ref_img": [cells.expand(2, -1, -1)], "ref_img_ids": [ids.expand(2, -1, -1)]}
         expected = theirs(flux, x, siglip_inputs=pictures, **beside)
@@ -270,3 +289,37 @@ def test_uso(tmp_path: Path) -> None:
     close("USO", ours(model, x, style, content), expected)
     assert relative(ours(model, x, content), expected) > 1e-3
     assert relative(ours(model, x, style), expected) > 1e-3
+
+
+def test_omini_control(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two conditions, each at its place, under a LoRA that the image does not have."""
+    model = random_flux.transformer()
+    names = ["to_q", "to_k", "to_v", "to_out.0", "x_embedder", "norm.linear", "norm1.linear"]
+    names += ["ff.net.2", "proj_mlp", *(f"single_transformer_blocks.{i}.proj_out" for i in (0, 1))]
+    # their code takes every LoRA for one of scale 1
+    config = LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=names)
+    model.add_adapter(config, adapter_name="subject")
+    x = random_flux.inputs(batch=1, grid=GRID)
+    latents = [torch.randn(1, 4, 6), torch.randn(1, 6, 4)]
+    monkeypatch.setitem(sys.modules, "cv2", ModuleType("cv2"))  # for pictures, not for the model
+    with imported("OFFICIAL_OMINI_CONTROL", "", "omini.pipeline.flux_omini") as (module,):
+        shown = [tokens_at(z, (2.0, -4.0)) for z in latents]
+        told, one, none = x["timestep"], torch.ones(1), torch.zeros(1)
+        mask = torch.ones(4, 4, dtype=torch.bool)
+        mask[2:, 2:] = torch.eye(2, dtype=torch.bool)
+        expected = module.transformer_forward(
+            model,
+            image_features=[x["hidden_states"], *(cells for cells, _ in shown)],
+            text_features=[x["encoder_hidden_states"]],
+            img_ids=[x["img_ids"], *(ids[0] for _, ids in shown)],
+            txt_ids=[x["txt_ids"]],
+            pooled_projections=[x["pooled_projections"]] * 4,
+            timesteps=[told, told, none, none],
+            guidances=[x["guidance"], x["guidance"], one, one],
+            adapters=[None, None, "subject", "subject"],
+            group_mask=mask,
+        )[0]
+    references = tuple(Reference(latents=z) for z in latents)
+    method = OminiControl(references=references, offset=(2, -4), lora="subject")
+    close("OminiControl", ours(model, x, method), expected)
+    assert relative(ours(model, x), expected) > 1e-3
