@@ -13,7 +13,7 @@ RUN := HF_HUB_OFFLINE=1 $(BIN)/
 WORKERS ?= auto
 PYTEST := $(RUN)python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: setup demo test full lint format fuzz bench gpu dist clean
+.PHONY: setup demo test full lint format fuzz sanitize bench gpu dist clean
 
 setup: $(VENV)/.installed
 
@@ -48,6 +48,10 @@ format: setup
 # 10,000 random option combinations for every property test.
 fuzz: setup
 	$(RUN)python -m pytest -m hypothesis --hypothesis-profile=fuzz
+
+# the compiled kernels without torch, under ASan and UBSan, and under valgrind
+sanitize: setup
+	$(RUN)python -m pytest tests/test_cpu_backend.py -k undefined_behaviour
 
 # ARGS: see `make bench ARGS=--help`
 bench: setup

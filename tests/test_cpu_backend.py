@@ -5,6 +5,7 @@ AVX-512 by emulation where it has not; what is packed, what threads may change, 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -299,10 +300,12 @@ for dtype in (torch.float32, torch.bfloat16):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "tool, emulated", [("sanitizers", False), ("sanitizers", True), ("valgrind", False)]
+    "tool, emulated",
+    [("sanitizers", False), ("sanitizers", True), ("valgrind", False), ("allocations", True)],
 )
 def test_no_undefined_behaviour(tmp_path, tool, emulated):
-    """The kernels without torch, on exactly sized memory, under ASan and UBSan, or valgrind."""
+    """The kernels without torch, on exactly sized memory, under ASan and UBSan, or valgrind; and
+    the number of tiles changes no number of allocations."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or (tool == "valgrind" and shutil.which("valgrind") is None):
         pytest.skip(f"no {'C++ compiler' if compiler is None else tool}")
@@ -315,10 +318,14 @@ def test_no_undefined_behaviour(tmp_path, tool, emulated):
     if tool == "sanitizers":
         command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     command += [str(ours / "harness.cpp"), *(str(ROOT / "csrc" / name) for name in sources)]
+    if tool == "allocations":
+        command += ["-DCOUNT_ALLOCATIONS"]
     subprocess.run([*command, "-o", str(program)], check=True)
     checker = ["valgrind", "-q", "--error-exitcode=9"] if tool == "valgrind" else []
     done = subprocess.run([*checker, str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    if tool == "allocations":
+        assert re.search(r"^avx512_bf16: [1-9]\d* allocations", done.stdout, re.MULTILINE)
 
 
 def test_bad_calls_raise():

@@ -1,10 +1,12 @@
 // The kernels without torch and Python, on memory of exactly the size they may touch: for sanitizers and valgrind.
 // Compile with csrc/{drive,isa,isa_*}.cpp and -Itests/csrc/serial -Icsrc. Prints a checksum per case; exits with 1 where a
-// result is not finite or instruction sets disagree.
+// result is not finite, instruction sets disagree, or, with -DCOUNT_ALLOCATIONS, more tiles make more allocations.
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -12,7 +14,28 @@
 
 using namespace styleattn;
 
+static int64_t allocations = 0;
+#ifdef COUNT_ALLOCATIONS  // by themselves: the tools have their own
+void* operator new(size_t bytes) {
+  ++allocations;
+  if (void* p = std::malloc(bytes ? bytes : 1)) return p;
+  throw std::bad_alloc();
+}
+void* operator new(size_t bytes, std::align_val_t align) {
+  ++allocations;
+  void* p = nullptr;
+  if (posix_memalign(&p, size_t(align), bytes ? bytes : 1) == 0) return p;
+  throw std::bad_alloc();
+}
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete(void* p, size_t) noexcept { std::free(p); }
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, size_t, std::align_val_t) noexcept { std::free(p); }
+#endif
+
 namespace {
+
+int64_t made_by_attend = 0;  // allocations of the last call
 
 uint32_t state = 1;
 float draw() {  // uniform in [-1, 1)
@@ -109,7 +132,9 @@ double run(Dtype dtype, int64_t length, int64_t keys, int64_t dim, const Isa& is
   const int64_t size = dtype == Dtype::f32 ? 4 : 2, tokens = c.batch * c.heads * length;
   c.out = m.take(tokens * dim * size);
   c.lse = reinterpret_cast<float*>(m.take(2 * tokens * 4));
+  made_by_attend = -allocations;
   attend(isa, c, branches);
+  made_by_attend += allocations;
   std::vector<float> mean(c.batch * c.heads * dim), std(mean.size());
   token_stats(isa, StatsCall{dtype, branches[0].call.query, c.batch, c.heads, length, dim, 1e-5f, mean.data(), std.data()});
   double sum = 0.0;
@@ -142,6 +167,13 @@ int main() {
                     long(shape[2]), sum, good ? "" : " WRONG");
       }
     }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    run(Dtype::f32, 40, 30, 16, *isas[i]);
+    const int64_t few = made_by_attend;
+    run(Dtype::f32, 1000, 30, 16, *isas[i]);
+    std::printf("%s: %ld allocations for 1 tile, %ld for 21\n", isas[i]->name, long(few), long(made_by_attend));
+    failures += few != made_by_attend;
   }
   return failures != 0;
 }
