@@ -62,7 +62,9 @@ def place(pipes, tmp_path_factory):
     images.extractor().save_pretrained(folder / "image_encoder")
     tiny.text_encoder(projected=True).save_pretrained(folder / "clip_text_encoder")
     tiny.tokenizer().save_pretrained(folder / "clip_text_encoder")
-    random_flux.siglip().save_pretrained(folder / "siglip")
+    random_flux.siglip(num_hidden_layers=20).save_pretrained(folder / "siglip")  # USO's levels
+    uso = checkpoints.noise(checkpoints.uso(32, 16, 3, 32))
+    save_file(uso, folder / "projector.safetensors")
     unet = pipes["StableDiffusionXLPipeline"].unet
     ip = images.flat(images.checkpoint(unet, width=32))
     save_file(ip, folder / "ip-adapter_sdxl_vit-h.safetensors")
