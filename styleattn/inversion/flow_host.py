@@ -42,7 +42,9 @@ def check_flow_host(pipe: Any, call: str) -> None:
         if config.in_channels != channels:
             reasons.append(
                 f"its transformer takes {config.in_channels} channels, packed latents have"
-                f" {channels}"
+                f" {channels}: it wants a mask or a control picture besides (Fill, Depth, Canny),"
+                " and what that is along an inversion is not defined; Redux, IP-Adapters, PuLID and"
+                " the canvas of FillDiptych show such a model a picture"
             )
     if reasons:
         raise HostUnsupported(f"{call}: cannot use a {type(pipe).__name__}: " + "; ".join(reasons))
