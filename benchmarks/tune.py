@@ -21,6 +21,7 @@ from shapes import Problem
 from timing import CLOCKS, clocks, input_sets, interleaved
 
 from styleattn import measured
+from styleattn.backends import arch_of, load
 from styleattn.measured import Choice, Key
 
 TABLE = Path(measured.__file__)
@@ -66,7 +67,11 @@ def key_of(problem: Problem, dtype: torch.dtype, arch: str) -> Key:
 
 
 def candidates(arch: str) -> list[Choice]:
-    """Every choice that is tried, the static one first (a tile of None)."""
+    """Every choice that is tried, the static one first (a tile of None); on a CPU the compiled
+    kernels against the library's."""
+    compiled = load("cpu")
+    if compiled.available()[0] and arch in compiled.isas():
+        return [Choice("cpu"), Choice("torch")]
     tiles = SMALL if arch == "interpreter" else TILES
     return [Choice("triton"), Choice("torch"), *(Choice("triton", t) for t in tiles)]
 
@@ -75,8 +80,6 @@ def tune(
     problem: Problem, dtype: torch.dtype, device: torch.device, rounds: int, seconds: float
 ) -> Found | None:
     """The fastest choice for a problem; None where the kernels cannot run it."""
-    from styleattn.kernels.device import arch_of
-
     sets = input_sets(device, problem.bytes_moved(dtype.itemsize))
     cases = [Case.draw(problem, dtype, device, seed) for seed in range(sets)]
     arch = arch_of(cases[0].tensors["query"])
@@ -147,8 +150,8 @@ def report(
             print(f"{problem.name}: the kernels cannot run it here", flush=True)
             continue
         found.append(result)
-        static, library = (result.others.get(Choice(name)) for name in ("triton", "torch"))
-        shown = [f"{n} {t:.4f} ms" for n, t in (("static", static), ("two calls", library)) if t]
+        times = {c.backend: t for c, t in result.others.items() if c.tile is None}
+        shown = [f"{name} {t:.4f} ms" for name, t in times.items()]
         print(
             f"{problem.name}: {result.choice.backend} {result.choice.tile or ''} "
             f"{result.milliseconds:.4f} ms ({', '.join(shown)})",

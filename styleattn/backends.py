@@ -149,12 +149,19 @@ def _asked(backend: str | None, call: str) -> str | None:
     return backend
 
 
+def arch_of(query: Tensor) -> str | None:
+    """What `measured.TABLE` calls the hardware under a query: an architecture of the kernels, or
+    the instruction set of the compiled ones; None where it has no name."""
+    arch = None if _missing("triton") else load("triton").arch_of(query)
+    if arch is None and query.device.type == "cpu" and not _missing("cpu"):
+        arch = load("cpu").isa()
+    return arch
+
+
 def _order(query: Tensor, branches: tuple[Branch, ...]) -> tuple[str, ...]:
     """The backends to try: what was measured as fastest for such calls, then the device's usual."""
     usual = PREFERENCE.get(query.device.type, ("torch", "reference"))
-    if not TABLE or _missing("triton"):
-        return usual
-    arch = load("triton").arch_of(query)
+    arch = arch_of(query) if TABLE else None
     if arch is None:
         return usual
     batch, heads, length, dim = query.shape

@@ -1,4 +1,4 @@
-"""What was measured on GPUs: which backend runs a call, and how the fused kernel is cut for it.
+"""What was measured: which backend runs a call, and how the fused kernel is cut for it.
 
 The table is only read here: no call ever benchmarks. `styleattn bench --tune` measures, and prints
 the diff to this file. A call without a row runs on the usual backend with the static tiles of
@@ -15,7 +15,7 @@ class Key(NamedTuple):
     """Calls that count as alike; numbers of tokens and rows are rounded to a power of two.
 
     Args:
-        arch: as in `kernels/configs.py`, say "sm_90".
+        arch: as in `kernels/configs.py`, say "sm_90"; on a CPU the instruction set, say "avx2".
         dtype: "float16", "bfloat16" or "float32".
         queries: their number; keys: that of the longest segment.
         rows: batch times heads.
