@@ -106,6 +106,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "cross_image_attention": Recipe(
         home="restyling:appearance",
+        checked="restyling:check",
         roles=("content", "style"),
         content=True,
         prompts=False,
@@ -198,8 +199,11 @@ def recipe_of(method: str, host: str = "unet") -> Recipe:
     if method in PARTS and PARTS[method] in recipes:
         raise ValueError(f"{method} is a part of {PARTS[method]}: --method {PARTS[method]}")
     if method not in recipes:
-        where = " on FLUX" if host == "flux" else ""
+        where, there = ("FLUX", "UNets") if host == "flux" else ("UNets", "FLUX")
+        other = method in recipes_on("unet" if host == "flux" else "flux")
+        why = f": it runs on {there}" if other else ""
         raise ValueError(
-            f"stylize has no recipe for {method!r}{where}; it has {', '.join(recipes)}"
+            f"stylize has no recipe for {method!r} on {where}{why}; there it has"
+            f" {', '.join(recipes)}"
         )
     return recipes[method]

@@ -18,6 +18,7 @@ from styleattn.processors.bank import input_scale
 from styleattn.references import Reference
 
 from .drawing import Drawing, adain
+from .sources import Job
 
 PULL = 0.01
 """Z-STAR: how much of the content's latents replaces those of the picture before every step."""
@@ -79,6 +80,16 @@ def appearance(drawing: Drawing) -> list[Image.Image]:
         latents=drawing.start(content.latents[0]),
         callback_on_step_end=between(match),
     )
+
+
+def check(job: Job) -> None:
+    """Refuse a run that is too short for the schedule.
+
+    Raises:
+        ValueError: fewer than three steps.
+    """
+    if job.method.references is None:
+        structure_steps(job.sampling.num_inference_steps)
 
 
 def levels(pipe: Any, method: CrossImageAttention, steps: int) -> tuple[CrossImageAttention, ...]:

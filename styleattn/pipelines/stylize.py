@@ -12,8 +12,9 @@ from .additions import Lora, Word
 from .filling import filling_of
 from .folder import run_folder
 from .models import hushed, load_model
+from .recipes import recipe_of
 from .sampling import Sampling
-from .settings import control_scale, pictures_of, prompts_of, styled_method
+from .settings import Refused, control_scale, pictures_of, prompts_of, styled_method
 from .sources import Job
 from .style_aligned import Inversion
 
@@ -61,6 +62,9 @@ def run_stylize(
         ValueError, OSError, TypeError: everything that cannot be done; nothing is half-written.
     """
     method = styled_method(options, knobs)
+    recipe_of(options["method"], options["host"])
+    if options["host"] == "unet" and getattr(method, "adapter", "") is None:
+        raise Refused(f"--adapter is missing: {method.name} needs {method.facts.needs}")
     sources, contents = pictures_of(options)
     bank = None if options["bank"] is None else StyleBank.load(options["bank"])
     filling = filling_of(options, method, sources, contents)

@@ -79,7 +79,7 @@ def test_projectors_and_layers_are_those_of_the_file(
         close(adapter.tokens(embeds), resampler(tensors, f"{kind}_image_proj.", embeds))
     assert csgo.content.tokens(embeds).shape[1] == 4
     assert csgo.style.tokens(embeds).shape[1] == 8
-    assert not csgo.content.layers  # the published wiring: trap 11
+    assert not csgo.content.layers  # the published wiring
     assert set(csgo.style.layers) == {n for n, _, _ in LAYERS if n.startswith("up_blocks")}
     assert set(csgo.control.layers) == {n for n, _, _ in LAYERS if n.startswith("down_blocks")}
     tokens = csgo.style.tokens(embeds)

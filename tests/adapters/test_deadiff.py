@@ -157,7 +157,7 @@ def test_every_layer_belongs_to_style_or_content(
 
 
 def test_no_image_is_null_keys(tensors: dict[str, Tensor], tmp_path: Path) -> None:
-    """Trap 10: unconditional rows see keys and values of zero, which still dilute."""
+    """Unconditional rows see keys and values of zero, which still dilute."""
     style = load_deadiff(write(tensors, tmp_path), LAYERS).style
     image = torch.randn(1, 9, CONTEXT)
     tokens = style.tokens(torch.cat([style.negative(image), image]))

@@ -102,7 +102,7 @@ def test_any_number_of_tokens_is_taken(tmp_path: Path, tokens: int) -> None:
 
 
 def test_instantx_normalises_keys_and_values_per_head(tmp_path: Path) -> None:
-    """Trap 15."""
+    """Both are of unit mean square before the softmax."""
     tensors = checkpoints.noise(checkpoints.instantx(13, 20, INNER, TEXT, 7))
     torch.save(checkpoints.nested(tensors, ("image_proj", "ip_adapter")), tmp_path / "ip.bin")
     adapter = load_flux_ip_adapter(tmp_path / "ip.bin", LAYERS[::-1], head_dim=HEAD)

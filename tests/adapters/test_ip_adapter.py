@@ -126,7 +126,7 @@ def test_the_order_of_the_layers_given_does_not_matter(host: Any) -> None:
 
 
 def test_indices_count_down_up_mid() -> None:
-    """Trap 1: the order of registration, with numbers compared as numbers."""
+    """The order of registration, with numbers compared as numbers."""
     for family, last in (("sd15", 31), ("sdxl", 139)):
         expected = checkpoints.unet_layers(family)
         found = checkpoint_order(sorted(expected))
@@ -218,7 +218,7 @@ def test_layers_that_are_not_a_unets_are_refused() -> None:
 
 
 def test_no_image_is_zeros_for_the_base_and_an_encoded_picture_for_the_others(host: Any) -> None:
-    """Trap 12: the base's negative tokens are the projector's bias, and they are not zero."""
+    """The base's negative tokens are the projector's bias, and they are not zero."""
     base = ip_adapter_from(file_of(host, "base"), layers_of(host))
     negative = base.negative(embeds_for("base"))
     assert torch.equal(negative, torch.zeros(3, CLIP))

@@ -72,7 +72,7 @@ def test_pulid_is_the_formula(tmp_path: Path) -> None:
     tokens = pulid.tokens(face, vision)
     close(tokens, identity(tensors, face, vision))
     zero = pulid.tokens(*pulid.negative(face, vision))
-    assert zero.abs().min() > 0  # trap 19: no identity is not zero
+    assert zero.abs().min() > 0  # no identity is not zero
     close(zero, identity(tensors, face * 0, [v * 0 for v in vision]))
     nothing = torch.zeros(1, FACE), [torch.zeros(1, 577, VISION)] * 5
     close(pulid.nobody(), identity(tensors, *nothing))
@@ -141,7 +141,7 @@ def test_version_1_1_for_sdxl_takes_several_pictures_of_a_face(tmp_path: Path) -
     nobody = identity(
         tensors, torch.zeros(1, FACE), [torch.zeros(1, 577, VISION)] * 5, "id_adapter."
     )
-    close(adapter.negative(tokens), nobody.expand(2, -1, -1))  # not zero: trap 19
+    close(adapter.negative(tokens), nobody.expand(2, -1, -1))  # not zero
 
 
 @torch.no_grad()

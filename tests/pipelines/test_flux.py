@@ -188,7 +188,10 @@ BAD = [
     (["--negative-prompt", "ugly"], "under a true guidance above 1"),
     (["--true-guidance", "0.5"], "true_guidance"),
     (["--height", "15"], "multiples of 2"),
-    (["--method", "z_star"], "no recipe for 'z_star' on FLUX; it has style_aligned"),
+    (
+        ["--method", "z_star"],
+        "no recipe for 'z_star' on FLUX: it runs on UNets; there it has style_aligned",
+    ),
     (["--method", "style_id", "--reference", "{place}/a.png"], "--content is missing"),
     (["--method", "redux"], "is shown a picture"),
     (["--lora", "{place}/nowhere.safetensors"], "no such file"),

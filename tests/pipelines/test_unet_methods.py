@@ -68,6 +68,28 @@ def test_another_picture_in_is_another_picture_out(place, tmp_path, method):
     assert (found[0] != found[1]).any()  # runs are deterministic: the picture is seen
 
 
+REFUSED = {
+    "csgo": ([*PICTURE], "--adapter is missing: csgo needs a style picture, a content picture"),
+    "ip_adapter": (
+        [*PICTURE, "--adapter", "{place}/csgo.bin"],
+        "is not a base IP-Adapter for 16 layers",
+    ),
+    "redux": (PICTURE, "no recipe for 'redux' on UNets: it runs on FLUX; there it has style_al"),
+    "cross_image_attention": ([*RESTYLED, "--steps", "2"], "at least three steps, got 2"),
+}
+
+
+@pytest.mark.parametrize("method", REFUSED)
+def test_what_cannot_be_done_is_said_before_anything_is_computed(place, tmp_path, capsys, method):
+    given, why = REFUSED[method]
+    given = [word.format(place=place, i=0) for word in given]
+    argv = ["stylize", "--model", str(place / "model"), "--method", method, *given]
+    assert cli.main([*argv, "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert why in said and "reference ━" not in said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_names_its_method(tmp_path, capsys, part):
     argv = ["stylize", "--model", "tiny-sdxl", "--method", part, "--out", str(tmp_path / "out")]
