@@ -23,6 +23,16 @@ def to_statistics_of(x, rows, eps=1e-5):
     return torch.where(keep[:, None, None, None], x, other)
 
 
+def tokens_at(latents, offset=(0, 0)):
+    """The tokens [1, M, 4 C] of a picture's latents [C, h, w], and their places [M, 3]."""
+    channels, height, width = latents.shape
+    cells = latents.reshape(channels, height // 2, 2, width // 2, 2).permute(1, 3, 0, 2, 4)
+    rows = torch.arange(height // 2).repeat_interleave(width // 2) + offset[0]
+    columns = torch.arange(width // 2).repeat(height // 2) + offset[1]
+    places = torch.stack([torch.zeros_like(rows), rows, columns], 1)
+    return cells.reshape(1, -1, 4 * channels), places.float()
+
+
 class Dense:
     """A processor: `edit(layer, q, k, v, rotary, text)` gives rotated q [B, H, L, D], k, v
     [B, H, M, D] and a bias [B, 1 or H, L, M], or the output [B, H, L, D] itself; q, k, v come

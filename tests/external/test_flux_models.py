@@ -24,6 +24,7 @@ import checkpoints
 import pytest
 import random_flux
 import torch
+from flux_oracles import tokens_at
 from peft import LoraConfig
 from random_flux import TEXT, TOKENS, relative
 from safetensors.torch import save_file
@@ -167,17 +168,6 @@ def ours(model: Any, x: dict[str, Tensor], *methods: Any) -> Tensor:
     return out
 
 
-def tokens_at(latents: Tensor, offset: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """The packed tokens [1, N, 4 C] of latents [C, h, w], and their places [1, N, 3]."""
-    channels, height, width = latents.shape
-    cells = latents.reshape(channels, height // 2, 2, width // 2, 2).permute(1, 3, 0, 2, 4)
-    rows, columns = torch.meshgrid(
-        torch.arange(height // 2) + offset[0], torch.arange(width // 2) + offset[1], indexing="ij"
-    )
-    ids = torch.stack([torch.zeros_like(rows), rows, columns], -1)
-    return cells.reshape(1, -1, 4 * channels), ids.reshape(1, -1, 3).float()
-
-
 def close(name: str, a: Tensor, b: Tensor) -> None:
     error = relative(a, b)
     print(f"\n{name}: {error:.1e}")
@@ -279,9 +269,10 @@ def test_uso(tmp_path: Path) -> None:
             )
 
         flux.vision_encoder = tower
-        cells, ids = tokens_at(latents, (3.0, 4.0))
+        cells, ids = tokens_at(latents, (3, 4))
         pictures = [{"index": 0}, {"index": 1}]
-        beside = {"ref_img": [cells.expand(2, -1, -1)], "ref_img_ids": [ids.expand(2, -1, -1)]}
+        places = [ids.expand(2, -1, -1)]
+        beside = {"ref_img": [cells.expand(2, -1, -1)], "ref_img_ids": places}
         expected = theirs(flux, x, siglip_inputs=pictures, **beside)
     adapter = load_uso(tmp_path / "uso.safetensors")
     style = USO(adapter=adapter, references=tuple(Reference(embeds=one) for one in levels))
@@ -303,7 +294,7 @@ def test_omini_control(monkeypatch: pytest.MonkeyPatch) -> None:
     latents = [torch.randn(1, 4, 6), torch.randn(1, 6, 4)]
     monkeypatch.setitem(sys.modules, "cv2", ModuleType("cv2"))  # for pictures, not for the model
     with imported("OFFICIAL_OMINI_CONTROL", "", "omini.pipeline.flux_omini") as (module,):
-        shown = [tokens_at(z, (2.0, -4.0)) for z in latents]
+        shown = [tokens_at(z, (2, -4)) for z in latents]
         told, one, none = x["timestep"], torch.ones(1), torch.zeros(1)
         mask = torch.ones(4, 4, dtype=torch.bool)
         mask[2:, 2:] = torch.eye(2, dtype=torch.bool)
@@ -311,7 +302,7 @@ def test_omini_control(monkeypatch: pytest.MonkeyPatch) -> None:
             model,
             image_features=[x["hidden_states"], *(cells for cells, _ in shown)],
             text_features=[x["encoder_hidden_states"]],
-            img_ids=[x["img_ids"], *(ids[0] for _, ids in shown)],
+            img_ids=[x["img_ids"], *(ids for _, ids in shown)],
             txt_ids=[x["txt_ids"]],
             pooled_projections=[x["pooled_projections"]] * 4,
             timesteps=[told, told, none, none],

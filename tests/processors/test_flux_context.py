@@ -8,13 +8,12 @@ import contextlib
 import pytest
 import random_flux
 import torch
-from flux_oracles import densely, turn
+from flux_oracles import densely, tokens_at, turn
 from PIL import Image
-from random_flux import run
-from torch.nn import functional as F
+from random_flux import relative, run
 
 from styleattn.methods import METHODS, EasyControl, InContext, Redux
-from styleattn.processors import apply, remove
+from styleattn.processors import apply
 from styleattn.processors._flux_context import fitted
 from styleattn.references import Reference
 
@@ -31,26 +30,6 @@ LEFT[5, 6] = 0.25
 @pytest.fixture(scope="module")
 def pipe():
     return random_flux.flux()
-
-
-@pytest.fixture(autouse=True)
-def no_style_left(pipe):
-    yield
-    remove(pipe)
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
-
-
-def tokens(latents):
-    """[1, M, 4C] of latents [C, h, w], and their rows and columns [M, 3]."""
-    channels, height, width = latents.shape
-    cells = F.pixel_unshuffle(latents[None], 2).flatten(2).transpose(1, 2)
-    assert cells.shape == (1, height * width // 4, 4 * channels)
-    rows = torch.arange(height // 2).repeat_interleave(width // 2)
-    columns = torch.arange(width // 2).repeat(height // 2)
-    return cells, torch.stack([torch.zeros_like(rows), rows, columns], 1).float()
 
 
 @contextlib.contextmanager
@@ -149,7 +128,7 @@ def test_a_picture_that_is_not_seen(pipe):
 @pytest.mark.parametrize("positions", ["index", "diagonal"])
 def test_pictures_of_ones_own(pipe, positions):
     """In any FLUX pipeline, with weights, a mask and strengths."""
-    (a, here), (b, there) = tokens(A), tokens(B)
+    (a, here), (b, there) = tokens_at(A), tokens_at(B)
     if positions == "index":
         offsets = [[1.0, 0, 0], [2.0, 0, 0]]
     else:
@@ -176,7 +155,7 @@ def test_pictures_come_and_go_with_the_steps(pipe):
     never = Reference(latents=A, steps=(0.0, 0.0))
     with apply(pipe, InContext(references=never)):
         assert torch.equal(run(pipe, PROMPTS, steps=4), plain)
-    picture = tokens(A)
+    picture = tokens_at(A)
     moved = (picture[0], picture[1] + torch.tensor([1.0, 0, 0]))
     calls = []
     model = pipe.transformer
@@ -296,7 +275,7 @@ def branch(pipe, pictures, strengths, masks=None, hidden=lambda call: False):
 
 
 def test_a_branch_of_its_own_is_the_formula(pipe):
-    (a, here), (b, there) = tokens(A), tokens(B)
+    (a, here), (b, there) = tokens_at(A), tokens_at(B)
     moved = [(x, ids + torch.tensor([0, 64.0, 0])) for x, ids in ((a, here), (b, there))]
     plain = run(pipe, PROMPTS, **CFG)
     with branch(pipe, moved, [0.7, 0.35], masks=[torch.ones(8, 8), LEFT]):

@@ -13,12 +13,13 @@ import pytest
 import random_flux
 import torch
 from PIL import Image
+from random_flux import relative
 from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounter
 
 from styleattn.inversion import HostUnsupported
 from styleattn.methods import FillDiptych, IPAdapter, PuLIDFLUX, Redux, StyleAligned
-from styleattn.processors import apply, remove
+from styleattn.processors import apply
 from styleattn.processors._flux_panels import PanelOrder
 from styleattn.references import Reference
 
@@ -34,16 +35,6 @@ PICTURE = Image.effect_noise((32, 16), 60).convert("RGB")
 @pytest.fixture(scope="module")
 def pipe():
     return random_flux.fill()
-
-
-@pytest.fixture(autouse=True)
-def no_style_left(pipe):
-    yield
-    remove(pipe)
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def paint(pipe, size=(16, 32), prompt_embeds=None, **arguments):

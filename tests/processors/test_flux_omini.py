@@ -8,13 +8,13 @@ import contextlib
 import pytest
 import random_flux
 import torch
-from flux_oracles import turn
+from flux_oracles import tokens_at, turn
 from peft import LoraConfig
 from random_flux import relative, run
 from torch._dynamo.testing import CompileCounter
 
 from styleattn.methods import EasyControl, InContext, OminiControl, Redux
-from styleattn.processors import apply, remove
+from styleattn.processors import apply
 from styleattn.references import Reference
 
 torch.set_num_threads(1)
@@ -32,21 +32,6 @@ TUNED += ["ff.net.2", "proj_mlp", *SINGLE]
 @pytest.fixture(scope="module")
 def pipe():
     return random_flux.flux()
-
-
-@pytest.fixture(autouse=True)
-def no_style_left(pipe):
-    yield
-    remove(pipe)
-
-
-def tokens(latents, offset):
-    """[h/2 w/2, 4 C] and their places."""
-    c, h, w = latents.shape
-    cells = latents.reshape(c, h // 2, 2, w // 2, 2).permute(1, 3, 0, 2, 4).reshape(-1, 4 * c)
-    rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
-    ids = torch.stack([torch.zeros_like(rows), rows + offset[0], columns + offset[1]], -1)
-    return cells, ids.reshape(-1, 3).float()
 
 
 def heads(attn, x, names):
@@ -150,7 +135,7 @@ def written_out(pipe, pictures, strengths=ONE, masks=(None, None), guidance=1.0,
             with under(i):
                 streams.append((model.x_embedder(cells.expand(rows, -1, -1)), clean))
             rotary.append(model.pos_embed(ids))
-        bias = biases(len(pictures), strengths, masks, [len(c) for c, _ in pictures])
+        bias = biases(len(pictures), strengths, masks, [cells.shape[1] for cells, _ in pictures])
         for block in model.transformer_blocks:
             streams = double(block, streams, bias, rotary, under)
         for block in model.single_transformer_blocks:
@@ -168,7 +153,7 @@ def written_out(pipe, pictures, strengths=ONE, masks=(None, None), guidance=1.0,
 
 @pytest.mark.parametrize("guided", [{}, CFG], ids=["plain", "guided"])
 def test_a_picture_that_looks_back(pipe, guided):
-    with written_out(pipe, [tokens(A, (0, -4))]):
+    with written_out(pipe, [tokens_at(A, (0, -4))]):
         expected = run(pipe, PROMPTS, **guided)
     method = OminiControl(references=Reference(latents=A), offset=(0, -4))
     with apply(pipe, method):
@@ -181,7 +166,7 @@ def test_a_picture_that_looks_back(pipe, guided):
 
 def test_two_pictures_with_strengths_and_a_mask(pipe):
     s = {"strength": 0.7, "text_strength": 0.5, "sees_image": 0.6, "sees_text": 2.0}
-    shown = [tokens(A, (0, 0)), tokens(B, (0, 0))]
+    shown = [tokens_at(A, (0, 0)), tokens_at(B, (0, 0))]
     with written_out(pipe, shown, s, (None, LEFT), guidance=None):
         expected = run(pipe, PROMPTS)
     references = (Reference(latents=A), Reference(latents=B, mask=LEFT))
@@ -190,7 +175,7 @@ def test_two_pictures_with_strengths_and_a_mask(pipe):
 
 
 def test_two_pictures_do_not_see_each_other(pipe):
-    with written_out(pipe, [tokens(A, (0, 0)), tokens(B, (0, 0))]):
+    with written_out(pipe, [tokens_at(A, (0, 0)), tokens_at(B, (0, 0))]):
         expected = run(pipe, PROMPTS)
     references = (Reference(latents=A), Reference(latents=B))
     with apply(pipe, OminiControl(references=references)):
@@ -203,7 +188,7 @@ def test_a_lora_for_the_pictures_alone():
     torch.manual_seed(2)
     config = LoraConfig(r=4, init_lora_weights=False, target_modules=TUNED)
     pipe.transformer.add_adapter(config, adapter_name="pictures")
-    with written_out(pipe, [tokens(A, (0, 0))], lora="pictures"):
+    with written_out(pipe, [tokens_at(A, (0, 0))], lora="pictures"):
         expected = run(pipe, PROMPTS)
     pipe.transformer.enable_adapters()
     everywhere = run(pipe, PROMPTS)

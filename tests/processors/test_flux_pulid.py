@@ -8,12 +8,12 @@ import pytest
 import random_flux
 import random_pipelines
 import torch
-from random_flux import run
+from random_flux import relative, run
 from safetensors.torch import save_file
 
 from styleattn.adapters import load_pulid, save_identity
 from styleattn.methods import METHODS, PuLIDFLUX
-from styleattn.processors import apply, explain, remove
+from styleattn.processors import apply, explain
 from styleattn.references import Reference
 
 torch.set_num_threads(1)
@@ -38,16 +38,6 @@ def adapter(file):
 @pytest.fixture(scope="module")
 def pipe():
     return random_flux.flux(num_layers=3, num_single_layers=5)
-
-
-@pytest.fixture(autouse=True)
-def no_style_left(pipe):
-    yield
-    remove(pipe)
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def person(seed, prompts=None):

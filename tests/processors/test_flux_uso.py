@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from styleattn.adapters import load_uso
 from styleattn.errors import Invalid
 from styleattn.methods import USO, AlignedGen, InContext, Redux, StyleAligned
-from styleattn.processors import apply, remove
+from styleattn.processors import apply
 from styleattn.processors.bank import build_bank
 from styleattn.references import Reference
 
@@ -30,12 +30,6 @@ CFG = {"negative_prompt": ["ugly"] * 3, "true_cfg_scale": 2.0}
 @pytest.fixture(scope="module")
 def pipe():
     return random_flux.flux()
-
-
-@pytest.fixture(autouse=True)
-def no_style_left(pipe):
-    yield
-    remove(pipe)
 
 
 def biased(bias):
