@@ -89,6 +89,19 @@ class PictureSettings(JointSettings):
                 found += _reasons_against(f"references[{i}]", r)
         return found
 
+    def _own(self) -> list[str]:
+        """What is wrong with the fields `offset`, `lora` and `guidance`; the offset in its plain
+        form."""
+        offset, lora, guidance = (getattr(self, knob) for knob in ("offset", "lora", "guidance"))
+        reasons = [] if guidance is None else self._wrong_numbers("guidance")
+        if not isinstance(offset, (list, tuple)) or len(offset) != 2:
+            reasons.append(f"offset must be (down, right), got {offset!r}")
+        else:
+            object.__setattr__(self, "offset", tuple(float(x) for x in offset))
+        if lora is not None and not isinstance(lora, str):
+            reasons.append(f"lora must be the name of a LoRA, got {lora!r}")
+        return reasons
+
     def takes(self, layer: Layer) -> bool:
         """Every chosen layer."""
         return True

@@ -67,17 +67,8 @@ class EasyControl(PictureSettings):
     )
 
     def __post_init__(self) -> None:
-        reasons = self._strengths("strength")
-        offset: Any = self.offset
-        if not isinstance(offset, (list, tuple)) or len(offset) != 2:
-            reasons.append(f"offset must be (down, right), got {offset!r}")
-        else:
-            object.__setattr__(self, "offset", tuple(float(x) for x in offset))
-        lora, cache = (getattr(self, knob) for knob in ("lora", "cache"))
-        if lora is not None and not isinstance(lora, str):
-            reasons.append(f"lora must be the name of a LoRA, got {lora!r}")
-        if self.guidance is not None:
-            reasons += self._wrong_numbers("guidance")
+        reasons = [*self._strengths("strength"), *self._own()]
+        cache: Any = self.cache
         if not isinstance(cache, bool):
             reasons.append(f"cache must be True or False, got {cache!r}")
         self._refuse(reasons)

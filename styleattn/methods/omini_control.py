@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -56,17 +56,9 @@ class OminiControl(InContext):
     )
 
     def __post_init__(self) -> None:
-        offset: Any = self.offset
-        lora: Any = self.lora
-        reasons = [] if self.guidance is None else self._wrong_numbers("guidance")
+        reasons = self._own()
         if self.positions != "index":
             reasons.append("positions are InContext's; say the offset")
-        if not isinstance(offset, (list, tuple)) or len(offset) != 2:
-            reasons.append(f"offset must be (down, right), got {offset!r}")
-        else:
-            object.__setattr__(self, "offset", tuple(float(x) for x in offset))
-        if lora is not None and not isinstance(lora, str):
-            reasons.append(f"lora must be the name of a LoRA, got {lora!r}")
         self._refuse(reasons)
         super().__post_init__()
 
