@@ -233,11 +233,11 @@ def table() -> str:
     return "\n".join(out)
 
 
-def write(page: Path, text: str) -> None:
-    """Put a table between the page's marks."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(START)
+def write(page: Path, text: str, mark: str = START) -> None:
+    """Put a table into a page, between a mark and the end."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(mark)
     after = rest.partition(END)[2]
-    page.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{mark}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
 def main() -> int:

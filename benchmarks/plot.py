@@ -101,7 +101,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _cell(row: Row | None) -> str:
-    return f"{cost(row):.3g} ({row.provider.removeprefix('ours-')})" if row else ""
+    if row is None:
+        return ""
+    shown = f"{cost(row):.3g}" if cost(row) < 1000 else f"{cost(row):.0f}"
+    return f"{shown} ({row.provider.removeprefix('ours-')})"
 
 
 def _figure(path: Path, fill: Callable[[Any], None], size: tuple[float, float] = (7, 4.5)) -> None:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare  # noqa: E402
 import measure  # noqa: E402
+import pages  # noqa: E402
 import plot  # noqa: E402
 import results  # noqa: E402
 import run  # noqa: E402
@@ -285,3 +286,8 @@ def test_committed_results_are_readable() -> None:
         rows = results.load(path, results.StepRow) if steps else results.load(path)
         assert rows and len({row.key for row in rows}) == len(rows)
         assert all((row.median_ms is None) != (row.status == "ok") for row in rows)
+
+
+def test_pages_show_what_the_csv_holds() -> None:
+    for page, table in pages.pages().items():
+        assert table.count("\n") > 5 and table in page.read_text(encoding="utf-8")
