@@ -166,6 +166,9 @@ def stylize(
     image_encoder: ImageEncoder = None,
     controlnet: ControlNet = None,
     control_scale: Annotated[float | None, typer.Option(help="Of the ControlNet.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="style_id: a folder that keeps them for further runs.")
+    ] = None,
     mask: Mask = None,
     strength: Strength = None,
     canvas: Annotated[bool | None, typer.Option(help="fill_diptych: write it whole too.")] = None,

@@ -16,6 +16,7 @@ from styleattn.inversion.flow_host import packed
 from styleattn.inversion.host import Picture
 from styleattn.processors import apply
 from styleattn.processors.bank import input_scale
+from styleattn.processors.features import FeatureCache
 from styleattn.references import Reference, StyleBank
 
 from .hosts import host_of
@@ -37,6 +38,7 @@ class Drawing:
         prompts, seeds: one for each picture.
         picture: the content picture as it was given.
         control_scale: of the pipeline's ControlNet; None for the recipe's own.
+        features: of the job.
         filling: of the job.
         whole: keeps a canvas that a picture is cut from: called with its number and the canvas.
         seed: of the job; reference i that is made from a prompt is drawn from ``seed + i``.
@@ -47,7 +49,7 @@ class Drawing:
     method: Any
     sampling: Sampling
     backend: str | None
-    bank: StyleBank | None
+    bank: StyleBank | FeatureCache | None
     content: Trajectory | None
     style: Tensor | None
     prompts: Sequence[str]
@@ -55,6 +57,7 @@ class Drawing:
     sources: Sequence[Source] = ()
     picture: Picture | None = None
     control_scale: float | None = None
+    features: str | None = None
     filling: Any = None
     whole: Callable[[int, Image.Image], None] | None = None
     seed: int = 0

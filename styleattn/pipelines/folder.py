@@ -285,6 +285,7 @@ def _generate(
         sources=ready.sources,
         picture=ready.picture(first),
         control_scale=job.control_scale,
+        features=job.features,
         filling=job.filling,
         whole=keep,
         seed=job.seed,

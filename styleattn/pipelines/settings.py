@@ -41,6 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "image_encoder": None,
     "controlnet": None,
     "control_scale": None,
+    "features": None,
     "mask": None,
     "strength": None,
     "canvas": False,
@@ -257,6 +258,20 @@ def control_scale(options: Mapping[str, Any]) -> float | None:
     if scale is not None and not 0 <= scale < float("inf"):
         raise Refused(f"--control-scale must be finite and not negative, got {scale}")
     return None if scale is None else float(scale)
+
+
+def features_of(options: Mapping[str, Any]) -> str | None:
+    """The folder of kept features.
+
+    Raises:
+        Refused: the method reads none on this model.
+    """
+    method, host = options["method"], options["host"]
+    if options["features"] is not None and (
+        host == "flux" or not hasattr(METHODS[method], "CACHED")
+    ):
+        raise Refused(f"{method} takes no --features on {'FLUX' if host == 'flux' else 'UNets'}")
+    return str(options["features"]) if options["features"] is not None else None
 
 
 def make_method(name: str, knobs: Sequence[str], base: Mapping[str, Any] | None = None) -> Any:

@@ -49,6 +49,8 @@ class Job:
         batch_size: pictures per pipeline call. It changes results by rounding only.
         loras, words: what was added to the model, for the manifest; `load_model` adds them.
         control_scale: of a ControlNet; None for the recipe's own.
+        features: a folder that keeps what the method reads of its references, for further runs; it
+            changes results by rounding only.
         filling: what belongs to a canvas, for methods that paint on one.
         host: "unet" or "flux"; `run_folder` sets it to what its pipeline is.
     """
@@ -64,6 +66,7 @@ class Job:
     loras: tuple[Lora, ...] = ()
     words: tuple[Word, ...] = ()
     control_scale: float | None = None
+    features: str | None = None
     filling: Any = None
     host: str = "unet"
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from PIL import Image
 
@@ -14,6 +18,8 @@ from styleattn.inversion.host import (
     schedule_of,
 )
 from styleattn.processors import apply
+from styleattn.processors.features import FeatureCache, cache_features
+from styleattn.references import StyleBank
 
 from .drawing import Drawing, adain
 
@@ -43,10 +49,24 @@ def draw(drawing: Drawing) -> list[Image.Image]:
             f"style_id with compat={drawing.method.compat!r} needs inversions with labels {needed},"
             f" got {content.labels!r}"
         )
+    drawing = replace(drawing, bank=_kept(drawing))
     start = adain(content.latents[0], style[0], drawing.method.style_statistics)
     if published:
         return _as_published(drawing, start)
     return drawing.generate(latents=drawing.start(start))
+
+
+def _kept(drawing: Drawing) -> StyleBank | FeatureCache | None:
+    """The references' features, in a folder for each content and style; or the bank itself."""
+    bank = drawing.bank
+    if drawing.features is None or not isinstance(bank, StyleBank):
+        return bank
+    guided = drawing.sampling.guidance_scale != 1.0
+    told = repr(([r.prompt for r in bank.references], drawing.sampling.negative_prompt, guided))
+    name = hashlib.sha256(bank.latents.cpu().numpy().tobytes() + told.encode()).hexdigest()[:16]
+    place = Path(drawing.features, name)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return cache_features(drawing.pipe, drawing.method, bank, place=place, guided=guided)
 
 
 def _as_published(drawing: Drawing, start: torch.Tensor) -> list[Image.Image]:

@@ -14,7 +14,7 @@ from .folder import run_folder
 from .models import hushed, load_model
 from .recipes import recipe_of
 from .sampling import Sampling
-from .settings import Refused, control_scale, pictures_of, prompts_of, styled_method
+from .settings import Refused, control_scale, features_of, pictures_of, prompts_of, styled_method
 from .sources import Job
 from .style_aligned import Inversion
 
@@ -78,6 +78,7 @@ def run_stylize(
         backend=options["backend"],
         model=options["model"],
         control_scale=control_scale(options),
+        features=features_of(options),
         filling=filling,
         loras=tuple(Lora.parse(x) for x in options["lora"] or ()),
         words=tuple(Word.parse(x) for x in options["textual_inversion"] or ()),

@@ -174,6 +174,35 @@ def test_command_line(pipe, tmp_path, capsys):
     assert "style_aligned takes no --content" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("compat", ["", "paper-code"])
+def test_features_are_kept_for_further_runs(pipe, tmp_path, compat):
+    """Rows and kept features give one picture; another gamma finds them, another style its own."""
+    from styleattn import cli
+
+    pipe.save_pretrained(tmp_path / "model")
+    for name, seed in (("boat", 1), ("style", 2), ("other", 3)):
+        picture(seed).save(tmp_path / f"{name}.png")
+
+    def draw(out, style, *more):
+        argv = ["stylize", "--model", str(tmp_path / "model"), "--method", "style_id"]
+        argv += ["--content", str(tmp_path / "boat.png"), "--steps", "3", "--device", "cpu"]
+        argv += ["--reference", str(tmp_path / f"{style}.png"), "--out", str(tmp_path / out)]
+        argv += ["--set", f"compat={compat!r}"]
+        argv += ["--labels", "style_id"] if compat else []
+        assert cli.main([*argv, *more]) == 0
+        return np.asarray(Image.open(tmp_path / out / "0000-boat.png"), float)
+
+    kept = ["--features", str(tmp_path / "kept")]
+    assert np.abs(draw("a", "style") - draw("b", "style", *kept)).max() <= 1
+    (folder,) = (tmp_path / "kept").iterdir()
+    files = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    strong = draw("c", "style", *kept, "--set", "gamma=0.2")
+    assert np.abs(strong - draw("d", "style", "--set", "gamma=0.2")).max() <= 1
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == files
+    draw("e", "other", *kept)
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
 def test_the_contents_own_statistics(pipe, tmp_path):
     """Without the style's statistics the run starts from the content's noise as it is."""
     seen = []
