@@ -14,9 +14,11 @@ namespace {
 
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr int64_t ALIGN = 64;
-constexpr int64_t WORKSPACE_BYTES = 1 << 20;    // of packed operands per thread, unless one head needs more: they stay in the cache
-constexpr int64_t PACK_KEYS = 512;              // keys per packing task
-constexpr int64_t TASKS_PER_THREAD = 16;        // in a round, so that the last ones leave few threads idle
+// Packed operands held at a time, unless one head needs more: for one thread what stays in its cache; for several more,
+// since each round ends in a wait for the slowest.
+constexpr int64_t workspace_bytes(int64_t threads) { return threads == 1 ? 1 << 20 : threads * (4 << 20); }
+constexpr int64_t PACK_KEYS = 512;        // keys per packing task
+constexpr int64_t TASKS_PER_THREAD = 16;  // in a round, so that the last ones leave few threads idle
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -192,7 +194,7 @@ std::vector<PackTask> pack_tasks(const Call& call) {
 
 // Heads per round: as many as the workspace holds, and enough to keep every thread busy.
 int64_t heads_per_round(const Call& call, int64_t bytes_per_head, int64_t tiles_per_head, int64_t threads) {
-  const int64_t fitting = WORKSPACE_BYTES * threads / std::max<int64_t>(bytes_per_head, 1);
+  const int64_t fitting = workspace_bytes(threads) / std::max<int64_t>(bytes_per_head, 1);
   const int64_t busy = (threads * TASKS_PER_THREAD + tiles_per_head - 1) / tiles_per_head;
   return std::min(call.heads, std::max({fitting, threads > 1 ? busy : 1, int64_t(1)}));
 }
