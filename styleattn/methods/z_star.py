@@ -25,7 +25,9 @@ class ZStar(Injection):
         out_style = softmax( sigma * [ 1.5 * Q_style K^T , Q_style K_style^T ] ) [ V ; V_style ]
 
     The image starts from the content's noise, so that its own queries, keys and values are the
-    content's. The style's weight w adds log w to the logits between the two.
+    content's. The style's weight w adds log w to the logits between the two. The authors' null-text
+    optimisation is not part of this: the recipe runs without guidance, where no unconditional text
+    takes part.
 
     Args:
         style_scale: of the logits of an image with the style.

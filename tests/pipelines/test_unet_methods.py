@@ -76,6 +76,7 @@ REFUSED = {
     ),
     "redux": (PICTURE, "no recipe for 'redux' on UNets: it runs on FLUX; there it has style_al"),
     "cross_image_attention": ([*RESTYLED, "--steps", "2"], "at least three steps, got 2"),
+    "z_star": ([*RESTYLED, "--features", "kept"], "z_star takes no --features on UNets"),
 }
 
 
