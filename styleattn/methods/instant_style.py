@@ -25,15 +25,16 @@ class InstantStyle(Images):
     is in CLIP's space of images and texts, without normalisation; unconditional rows keep the
     adapter's own "no image".
 
-    On FLUX.1 nobody has measured which blocks keep style and which layout; there `blocks` says what
-    every block gets.
+    On FLUX.1 nobody has published which blocks keep style and which layout; there `blocks` says
+    what they get, each or by depth. What was measured on the embedded `tiny-flux` is its preset of
+    style and stands in docs/flux-presets.md, with the command that measures another model.
 
     Args:
         style: s in the layers of style.
         layout: s in the layers of layout.
         blocks: s of other layers, in place of style and layout: a pattern, several, a dictionary of
             patterns to weights ({"transformer_blocks.3": 1.0}), or, on FLUX.1, one weight for every
-            double block or for every block.
+            double block or for every block, or depths ("double 0-0.5", {"single 0.5-1": 0.3}).
         adapter: an IP-Adapter (`styleattn.adapters`), its file, or a folder with one such file.
             None: the adapters and images of the pipeline's call; style and layout multiply their
             scales.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from styleattn import tiny
 from styleattn.methods import METHODS
 
 from .models import TINY, family_of
@@ -76,6 +77,7 @@ FLUX_DEFAULTS: dict[str, Any] = {
     "inversion": "rf_solver",
     "inversion_guidance": 1.0,
 }
+_IMAGE_PROMPTS = ("ip_adapter", "instant_style")  # methods of the embedded models' adapters
 SCHNELL_DEFAULTS: dict[str, Any] = {"steps": 4, "guidance": 0.0}
 _SCALES = (
     "control_scale",
@@ -124,8 +126,20 @@ def merged(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
     own = {**TINY_DEFAULTS[model], **recipe.tiny} if model in TINY_DEFAULTS else {}
     own = own if family["guided"] else SCHNELL_DEFAULTS
     usual = {**DEFAULTS, **(FLUX_DEFAULTS if host == "flux" else {})}
-    found = {**usual, **recipe.defaults, **own, **written, **chosen}
+    asked = {**written, **chosen}
+    if model in tiny.ADAPTERS and method in _IMAGE_PROMPTS and "adapter" not in asked:
+        own = {**own, **_tiny_adapter(str(model))}
+    found = {**usual, **recipe.defaults, **own, **asked}
     return {**found, "knobs": knobs, "host": host}
+
+
+def _tiny_adapter(model: str) -> dict[str, str]:
+    """The options that name an embedded model's own image adapter."""
+    folder = tiny.adapter_path(model)
+    return {
+        "adapter": str(folder / "adapter.safetensors"),
+        "image_encoder": str(folder / "image_encoder"),
+    }
 
 
 def sources_of(options: Mapping[str, Any]) -> list[tuple[str | None, str, float]]:

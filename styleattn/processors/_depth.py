@@ -8,6 +8,9 @@ from collections.abc import Sequence
 _RANGE = re.compile(r"(double|single)(?: (\d+(?:\.\d+)?|\.\d+)-(\d+(?:\.\d+)?|\.\d+))?")
 _BLOCK = {"double": "transformer_blocks.", "single": "single_transformer_blocks."}
 
+# By the numbers of double and single blocks. tiny-flux: docs/flux-presets.md.
+_MEASURED: dict[tuple[int, int], dict[str, list[str]]] = {(2, 4): {"style": ["double 0-0.5"]}}
+
 
 def is_depth(choice: object) -> bool:
     """Whether a choice of layers names blocks of FLUX by their depth."""
@@ -40,3 +43,28 @@ def layers_at(choice: str, attention: Sequence[str]) -> list[str]:
             " fractions of their depth, the first below the second, within 0-1"
         )
     return chosen
+
+
+def measured_blocks(preset: str, attention: Sequence[str]) -> list[str]:
+    """The blocks that were measured to be a preset's, on a FLUX of this shape.
+
+    Raises:
+        ValueError: nothing was measured there, or it was not found.
+    """
+    double, single = (
+        sum(name.startswith(start) for name in attention) for start in _BLOCK.values()
+    )
+    found = _MEASURED.get((double, single))
+    if found is None:
+        raise ValueError(
+            f"layers={preset!r}: no preset has been measured for a FLUX of {double} double and"
+            f" {single} single blocks: give weights per block, or a fraction of their depth such"
+            " as 'double 0-0.5', which is style on tiny-flux; docs/flux-presets.md says how to"
+            " measure a model"
+        )
+    if preset not in found:
+        raise ValueError(
+            f"layers={preset!r}: measured on tiny-flux, and no blocks of {preset} found; there is"
+            f" {', '.join(found)}"
+        )
+    return found[preset]

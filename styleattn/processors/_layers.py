@@ -11,7 +11,7 @@ from typing import Any
 from styleattn.methods.weight_types import WEIGHT_TYPES, weight_type
 from styleattn.references import Layers
 
-from ._depth import is_depth, layers_at
+from ._depth import is_depth, layers_at, measured_blocks
 
 PRESETS = ("all", "style", "layout", "late", "style_id")
 _XL = {"style": ["up_blocks.0.attentions.1"], "layout": ["down_blocks.2.attentions.1"]}
@@ -152,10 +152,10 @@ def _preset(name: str, attention: Sequence[str]) -> Layers:
     if any(layer.startswith("up_blocks.1.attentions.") for layer in attention):
         wanted = _V1[name]
         return [p for p in wanted if any(_matches(p, layer) for layer in attention)] or wanted
-    flux = any(layer.startswith("single_transformer_blocks.") for layer in attention)
-    measured = " (on FLUX no preset has been measured: give weights per block)" if flux else ""
+    if any(layer.startswith("single_transformer_blocks.") for layer in attention):
+        return measured_blocks(name, attention)
     raise ValueError(
-        f"layers={name!r} is known for SDXL and SD1.5 UNets{measured}; {_what_there_is(attention)}"
+        f"layers={name!r} is known for SDXL and SD1.5 UNets; {_what_there_is(attention)}"
     )
 
 

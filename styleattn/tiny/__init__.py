@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
+    "ADAPTERS",
     "CONTENTS",
     "EDGES",
     "MODELS",
@@ -30,6 +31,7 @@ __all__ = [
     "TEXTURES",
     "Reference",
     "Style",
+    "adapter_path",
     "draw",
     "drawing",
     "load",
@@ -40,6 +42,8 @@ __all__ = [
 ]
 
 MODELS = ("tiny-sdxl", "tiny-flux")
+ADAPTERS = ("tiny-flux",)
+"""The models that have an image adapter."""
 # Drawings for training come from generators seeded [seed, step]; these have a third number and so
 # are never among them.
 _HELD_OUT = 1_000_003
@@ -86,6 +90,22 @@ def path(name: str = "tiny-sdxl") -> Path:
         raise FileNotFoundError(
             f"the weights of {name} are missing from this installation: {found}"
         )
+    return found
+
+
+def adapter_path(name: str = "tiny-flux") -> Path:
+    """The folder of an embedded model's IP-Adapter: `adapter.safetensors`, and its picture encoder
+    in `image_encoder/`.
+
+    Raises:
+        ValueError: the model has none.
+        FileNotFoundError: the installed package lacks the weights.
+    """
+    if name not in ADAPTERS:
+        raise ValueError(f"styleattn.tiny has no adapter for {name!r}, only for {ADAPTERS[0]}")
+    found = Path(__file__).resolve().parent / "weights" / f"{name}-ip-adapter"
+    if not (found / "adapter.safetensors").is_file():
+        raise FileNotFoundError(f"the adapter of {name} is missing from this installation: {found}")
     return found
 
 

@@ -101,7 +101,7 @@ def test_instant_style_has_a_weight_for_every_block(pipe, stock, xlabs):
     with apply(stock, InstantStyle(blocks={"transformer_blocks.1": 0.5})):
         found = of_diffusers(stock, [0.7, 0.6])
     assert relative(found, of_diffusers(stock, [0.0, 0.3])) <= 1e-5
-    with pytest.raises(ValueError, match="no preset has been measured: give weights per block"):
+    with pytest.raises(ValueError, match="no preset has been measured for a FLUX of 2 double"):
         apply(pipe, InstantStyle(adapter=xlabs, references=shown()))
 
 

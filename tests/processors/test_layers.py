@@ -112,10 +112,22 @@ def test_weights_for_every_block_of_flux():
             layer_weights(wrong, FLUX)
 
 
-@pytest.mark.parametrize("unet_alone", ["style", "ease in", {"style": 1.0, "layout": 0.0}])
-def test_choices_of_unets_are_refused_on_flux(unet_alone):
+def test_weight_types_of_unets_are_refused_on_flux():
     with pytest.raises(ValueError, match="UNets"):
-        layer_weights(unet_alone, FLUX)
+        layer_weights("ease in", FLUX)
+
+
+@pytest.mark.parametrize("preset", ["style", "layout", {"style": 1.0, "layout": 0.0}])
+def test_presets_are_refused_on_a_flux_that_was_not_measured(preset):
+    with pytest.raises(ValueError, match="measured for a FLUX of 2 double and 3 single blocks"):
+        layer_weights(preset, FLUX)
+
+
+def test_presets_of_tiny_flux_are_what_was_measured():
+    shape = [*FLUX, "single_transformer_blocks.3.attn"]
+    assert chosen({"style": 0.5, "layout": 0.0}, shape) == {shape[0]: 0.5}
+    with pytest.raises(ValueError, match="no blocks of layout found; there is style"):
+        layer_weights("layout", shape)
 
 
 def test_blocks_of_flux_by_kind_and_depth():

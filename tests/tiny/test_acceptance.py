@@ -1,5 +1,5 @@
-"""StyleAligned and AlignedGen on the embedded models: prompts drawn in the style of a reference,
-measured.
+"""StyleAligned, AlignedGen, IP-Adapter and InstantStyle on the embedded models: prompts drawn in
+the style of a reference, measured.
 
 As a program it prints the measurements that the model cards state:
 
@@ -21,8 +21,8 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from styleattn import apply, tiny
-from styleattn.methods import AlignedGen, StyleAligned
+from styleattn import Reference, apply, tiny
+from styleattn.methods import AlignedGen, InstantStyle, IPAdapter, StyleAligned
 from styleattn.pipelines.sampling import Sampling, generate
 from styleattn.pipelines.style_aligned import Inversion, transfer
 from styleattn.tiny import measure
@@ -31,14 +31,23 @@ from styleattn.tiny.trials import PER_REFERENCE, Trial, trials
 
 @dataclass(frozen=True)
 class Setup:
-    """How images are made: a model, and the settings that the command line uses for it."""
+    """How images are made: a model, and the settings that the command line uses for it. Without an
+    inversion the reference is shown to the method's image encoder. `style` and `content` are what
+    must be reached on 200 images; `few` images are looked at quickly."""
 
     model: str
     sampling: Sampling
-    inversion: Inversion
+    inversion: Inversion | None
     method: Any
+    style: float = 0.8
+    content: float = 0.9
+    few: int = 8
 
 
+ADAPTER: dict[str, Any] = {
+    "adapter": tiny.adapter_path(),
+    "image_encoder": tiny.adapter_path() / "image_encoder",
+}
 FLOW = Sampling(16, 3.0, true_guidance=3.0), Inversion(1.0, kind="noise")
 SETUPS = {
     "tiny-sdxl": Setup(
@@ -49,6 +58,10 @@ SETUPS = {
     ),
     "tiny-flux": Setup("tiny-flux", *FLOW, StyleAligned()),
     "tiny-flux-aligned-gen": Setup("tiny-flux", *FLOW, AlignedGen()),
+    "tiny-flux-ip-adapter": Setup("tiny-flux", FLOW[0], None, IPAdapter(**ADAPTER), 0.7, few=16),
+    "tiny-flux-instant-style": Setup(
+        "tiny-flux", FLOW[0], None, InstantStyle(**ADAPTER), 0.45, few=16
+    ),
 }
 
 
@@ -57,8 +70,12 @@ def without(pipe: Any, job: Trial, setup: Setup) -> tuple[list[Any], Any]:
 
 
 def from_picture(pipe: Any, job: Trial, setup: Setup) -> tuple[list[Any], Any]:
-    """The reference is a drawing, inverted; its style is the one it was drawn in."""
+    """The reference is a drawing, inverted or shown; its style is the one it was drawn in."""
     reference = job.reference
+    if setup.inversion is None:
+        method = replace(setup.method, references=(Reference(image=reference.image),))
+        with apply(pipe, method):
+            return generate(pipe, job.prompts, job.seeds, setup.sampling), reference.style
     images = transfer(
         pipe,
         reference.image,
@@ -104,10 +121,13 @@ def quiet_pipe(model: str) -> Any:
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_a_few_images_of_the_shipped_weights(name: str) -> None:
-    """Two references, eight images: a quick look that the weights and the way to them are right."""
-    pipe, found = quiet_pipe(SETUPS[name].model), trials(8)
-    styled = measured(pipe, "from a picture", found, SETUPS[name])
-    assert styled.style_match >= 0.75 and styled.content_accuracy >= 0.75, styled.as_dict()
+    """A few references: a quick look that the weights and the way to them are right."""
+    setup = SETUPS[name]
+    pipe, found = quiet_pipe(setup.model), trials(setup.few)
+    styled = measured(pipe, "from a picture", found, setup)
+    assert styled.style_match >= setup.style - 0.05 and styled.content_accuracy >= 0.75, (
+        styled.as_dict()
+    )
 
 
 @pytest.mark.slow
@@ -119,8 +139,8 @@ def test_the_style_comes_from_the_reference_and_the_content_from_the_prompt(name
     styled = measured(pipe, "from a picture", found, setup)
     report = json.dumps({"without": plain.as_dict(), "styled": styled.as_dict()}, indent=1)
     assert plain.style_match <= 0.3, report
-    assert styled.style_match >= 0.8, report
-    assert styled.content_accuracy >= 0.9, report
+    assert styled.style_match >= setup.style, report
+    assert styled.content_accuracy >= setup.content, report
 
 
 def main() -> None:
@@ -140,6 +160,8 @@ def main() -> None:
     pipe, found = quiet_pipe(setup.model), trials(values.count, values.seed)
     print("measure:", json.dumps(measure.validate()), flush=True)
     for way in values.ways:
+        if way == "from a prompt" and setup.inversion is None:
+            continue  # a picture is all that an encoder sees
         print(f"{way}:", json.dumps(measured(pipe, way, found, setup).as_dict()), flush=True)
 
 

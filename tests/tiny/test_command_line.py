@@ -14,10 +14,11 @@ pytest.importorskip("transformers")
 from styleattn import cli, tiny
 
 
-@pytest.mark.parametrize("method", ["style_aligned", "aligned_gen"])
+@pytest.mark.parametrize("method", ["style_aligned", "aligned_gen", "ip_adapter", "instant_style"])
 def test_two_prompts_in_the_style_of_a_picture(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Methods that show pictures to an encoder find the package's adapter by themselves."""
     torch.set_num_threads(1)
     reference = tiny.references()[0]
     reference.image.save(tmp_path / "style.png")
