@@ -315,7 +315,7 @@ def _twice() -> None:
 def _unrotated() -> None:
     """The products of the next step are issued after the exponentials of this one."""
     issue = "            s = _products(q, segment, blend, row, b, h, at, n, None, D)\n"
-    look = "            exponents, decay, top = measure(s, top, scale, _key_bias(segment, row, at"
+    look = "            level = _scale(scale, segment, row, h, at)\n"
     _rewrite(attention._attend, issue, "")
     _rewrite(attention._attend, look, issue + look)
 

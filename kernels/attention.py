@@ -58,19 +58,20 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _key_bias(segment, row, start, n, keep):
-    """[N] in log2 units: the key bias, -inf where not kept (keep None: all are); or None."""
+def _measure(s, top, scale, segment, row, start, n, keep):
+    """`measure` with the biases of the keys start + n, -inf where not kept (keep None: all are)."""
     if segment.key_bias is None:
         if keep is None:
-            return None
+            return measure(s, top, scale, None)
         else:
-            return tl.where(keep, 0.0, -float("inf"))
+            return measure(s, top, scale, tl.where(keep, 0.0, -float("inf")))
     else:
         at = segment.key_bias + row * segment.key_bias_stride + start + n
         if keep is None:
-            return tl.load(at) * LOG2E
+            return measure(s, top, scale, tl.load(at) * LOG2E)
         else:
-            return tl.load(at, mask=keep, other=-float("inf")) * LOG2E
+            bias = tl.load(at, mask=keep, other=-float("inf")) * LOG2E
+            return measure(s, top, scale, bias)
 
 
 @triton.jit
@@ -88,7 +89,7 @@ def _accumulate(acc, total, step, segment, blend, row, b, h, start, n, valid, D:
 @triton.jit
 def _products(q, segment, blend, row, b, h, start, n, valid, D: tl.constexpr):
     """[M, N]: raw products with the keys from `start` on."""
-    if segment.quantised is not None:
+    if segment.quantised.blocks is not None:
         return products_quantised(q, segment, row, h, start, n, valid, D)
     else:
         return dot_qk(
@@ -99,7 +100,7 @@ def _products(q, segment, blend, row, b, h, start, n, valid, D: tl.constexpr):
 @triton.jit
 def _scale(scale, segment, row, h, start):
     """[M]: what multiplies the raw products of a step that is in its place."""
-    if segment.quantised is None:
+    if segment.quantised.blocks is None:
         return scale
     else:
         return scale * scales_at(segment, row, h, start)
@@ -108,7 +109,7 @@ def _scale(scale, segment, row, h, start):
 @triton.jit
 def _level(s, segment, row, h, start, n):
     """[M, N]: raw products of a step that was moved back, to be multiplied by the bare scale."""
-    if segment.quantised is None:
+    if segment.quantised.blocks is None:
         return s
     else:
         return s * scales_at(segment, row, h, start + n)[None, :]
@@ -120,13 +121,13 @@ def _attend(state, q, scale, segment, row, b, h, D: tl.constexpr, BLOCK_N: tl.co
     acc, total, top = state
     n = tl.arange(0, BLOCK_N)
     blend = 1.0
-    if segment.own_key is not None:
+    if segment.own_key.pointer is not None:
         blend = number_at(segment.blend, b)
     if segment.single is not None:
         valid = n < segment.length
         s = _products(q, segment, blend, row, b, h, 0, n, valid, D)
-        masks = _key_bias(segment, row, 0, n, valid)
-        exponents, decay, top = measure(s, top, _scale(scale, segment, row, h, 0), masks)
+        level = _scale(scale, segment, row, h, 0)
+        exponents, decay, top = _measure(s, top, level, segment, row, 0, n, valid)
         step = (exponents, decay)
         acc, total = _accumulate(acc, total, step, segment, blend, row, b, h, 0, n, valid, D)
     else:
@@ -136,7 +137,7 @@ def _attend(state, q, scale, segment, row, b, h, D: tl.constexpr, BLOCK_N: tl.co
         last = segment.length - BLOCK_N
         s = _products(q, segment, blend, row, b, h, 0, n, None, D)
         level = _scale(scale, segment, row, h, 0)
-        exponents, decay, top = measure(s, top, level, _key_bias(segment, row, 0, n, None))
+        exponents, decay, top = _measure(s, top, level, segment, row, 0, n, None)
         for i in tl.range(1, full):
             at = i * BLOCK_N
             s = _products(q, segment, blend, row, b, h, at, n, None, D)
@@ -145,14 +146,14 @@ def _attend(state, q, scale, segment, row, b, h, D: tl.constexpr, BLOCK_N: tl.co
                 acc, total, step, segment, blend, row, b, h, at - BLOCK_N, n, None, D
             )
             level = _scale(scale, segment, row, h, at)
-            exponents, decay, top = measure(s, top, level, _key_bias(segment, row, at, n, None))
+            exponents, decay, top = _measure(s, top, level, segment, row, at, n, None)
         s = _products(q, segment, blend, row, b, h, last, n, None, D)
         step = (exponents, decay)
         before = (full - 1) * BLOCK_N
         acc, total = _accumulate(acc, total, step, segment, blend, row, b, h, before, n, None, D)
         s = _level(s, segment, row, h, last, n)
-        masks = _key_bias(segment, row, last, n, n + last >= full * BLOCK_N)
-        exponents, decay, top = measure(s, top, scale, masks)
+        keep = n + last >= full * BLOCK_N
+        exponents, decay, top = _measure(s, top, scale, segment, row, last, n, keep)
         step = (exponents, decay)
         acc, total = _accumulate(acc, total, step, segment, blend, row, b, h, last, n, None, D)
     return acc, total, top
@@ -194,7 +195,7 @@ def _attend_bounded(state, q, scale, segment, row, b, h, D: tl.constexpr, BLOCK_
     """`_attend`, without a running maximum where the logits of all rows of the tile are bounded
     such that no exponential leaves the range of fp32 (and of bf16, which has the same): any number
     will do as the maximum, say that of the segments before."""
-    if segment.reach is None:
+    if segment.reach.pointer is None:
         return _attend(state, q, scale, segment, row, b, h, D, BLOCK_N)
     else:
         acc, total, top = state
@@ -202,7 +203,7 @@ def _attend_bounded(state, q, scale, segment, row, b, h, D: tl.constexpr, BLOCK_
         far = scale * tl.sqrt_rn(squares(q)) * reach_of(segment.reach, row, h) + tl.abs(fixed)
         if tl.max(far, 0) <= BOUND:
             state = _attend_below((acc, total, fixed), q, scale, segment, row, h, D, BLOCK_N)
-        elif segment.quantised is None:  # two loops at full size do not fit the registers
+        elif segment.quantised.blocks is None:  # two loops at full size do not fit the registers
             state = _attend(state, q, scale, segment, row, b, h, D, BLOCK_N // 2)
         else:
             state = _attend(state, q, scale, segment, row, b, h, D, BLOCK_N)
@@ -214,7 +215,7 @@ def _segment(state, branch, segment, row, place, scale2, D: tl.constexpr, BLOCK_
     """One segment with its boundaries: fold the query, shift the maximum to its frame and back."""
     b, h, _, start, m, valid = place
     factor = scale2 * number_at(segment.logit_scale, b)
-    if segment.quantised is None:
+    if segment.quantised.blocks is None:
         q, scale, shift = fold_query(branch, segment, place, factor, D)
     else:
         q, scale, shift = fold_quantised(branch, segment, place, row, factor, D)
@@ -245,7 +246,7 @@ def _mapped_segment(
 ):  # fmt: skip
     """A segment and its value affine, which touches what this segment accumulated: either it is the
     FIRST of its branch (free), or it accumulates on its own and is merged."""
-    if segment.value_map is None:
+    if segment.value_map.scale is None:
         state = _segment(state, branch, segment, row, place, scale2, D, BLOCK_N)
     else:
         at = place[2] * D
@@ -265,7 +266,7 @@ def _branch(branch, place, scale2, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK
     """(accumulator, sum, maximum) of all segments of a branch under one softmax."""
     state = empty_state(BLOCK_M, D)
     b = place[0]
-    for i in tl.static_range(len(branch.segments)):
+    for i in tl.static_range(len(branch.count)):
         segment = branch.segments[i]
         if segment.rows is None and segment.logit_bias.pointer is None and i == 0:
             # row b, or row 0 where the host has set the batch stride to 0
@@ -287,7 +288,7 @@ def _branch(branch, place, scale2, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK
 @triton.jit
 def attention_kernel(
     out, lse, branches, order, H, L, scale2,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUPS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, L, D] in BLHD memory; lse [G, B, H, L]. Grid: (query tiles, heads, batch rows).
 
@@ -304,13 +305,13 @@ def attention_kernel(
     place = (b, h, b * H + h, start, m, valid)
     batch = tl.num_programs(2).to(tl.int64)
     result = zero_tile(BLOCK_M, D)
-    for g in tl.static_range(len(branches)):
+    for g in tl.static_range(GROUPS):
         branch = branches[g]
         acc, total, top = _branch(branch, place, scale2, D, BLOCK_M, BLOCK_N)
         logsum, factor = finish(total, top, branch.null_keys)
         at = ((g * batch + b) * H + h) * L + start
         tl.store(lse + at + m, logsum, mask=valid)
-        if branch.weight is not None:
+        if branch.weight.value is not None:
             weight = number_rows(branch.weight, b, start + m, valid)
             result = add_tiles(result, scale_rows(acc, factor * weight))
     at = ((b * L + start) * H + h) * D

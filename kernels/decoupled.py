@@ -70,7 +70,7 @@ def _blank(x, COLUMNS: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def decoupled_kernel(
     out, lse, branches, H, L, scale2,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, L, D] in BLHD memory; lse [G, B, H, L]. Grid: (query tiles, heads, batch rows)."""
     b = tl.program_id(2).to(tl.int64)
@@ -85,8 +85,8 @@ def decoupled_kernel(
     scale = tl.zeros([COLUMNS], tl.float32)
     bias = scale - float("inf")
     begin = 0
-    for g in tl.static_range(len(branches)):
-        for i in tl.static_range(len(branches[g].segments)):
+    for g in tl.static_range(GROUPS):
+        for i in tl.static_range(len(branches[g].count)):
             segment = branches[g].segments[i]
             row, local, inside, factor, added = _columns(segment, b, n, begin, scale2)
             readable = inside & (added > -float("inf"))
@@ -100,9 +100,9 @@ def decoupled_kernel(
     # each column's maximum is that of its branch
     shift = tl.zeros_like(s)
     begin = 0
-    for g in tl.static_range(len(branches)):
+    for g in tl.static_range(GROUPS):
         end = begin
-        for i in tl.static_range(len(branches[g].segments)):
+        for i in tl.static_range(len(branches[g].count)):
             end += branches[g].segments[i].length
         mine = ((n >= begin) & (n < end))[None, :]
         top = tl.max(tl.where(mine, s, -float("inf")), 1)
@@ -114,12 +114,12 @@ def decoupled_kernel(
     heard = n < 0
     values = _blank(query, COLUMNS, D)
     begin = 0
-    for g in tl.static_range(len(branches)):
+    for g in tl.static_range(GROUPS):
         branch = branches[g]
         end = begin
-        for i in tl.static_range(len(branch.segments)):
+        for i in tl.static_range(len(branch.count)):
             segment = branch.segments[i]
-            if branch.weight is not None:
+            if branch.weight.value is not None:
                 row, local, inside, factor, added = _columns(segment, b, n, end, scale2)
                 readable = inside & (added > -float("inf"))
                 values = _put(values, inside, segment.value, row, h, local, readable, D)
@@ -131,7 +131,7 @@ def decoupled_kernel(
         logsum, factor = finish(total, top, branch.null_keys)
         at = ((g * tl.num_programs(2).to(tl.int64) + b) * H + h) * L + start
         tl.store(lse + at + m, logsum, mask=valid)
-        if branch.weight is not None:
+        if branch.weight.value is not None:
             weight = number_rows(branch.weight, b, start + m, valid)
             norm = tl.where(mine, (factor * weight)[:, None], norm)
         begin = end

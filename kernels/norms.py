@@ -19,7 +19,7 @@ from torch import Tensor
 from .configs import next_power_of_2
 from .device import reasons
 from .launch import Launch
-from .primitives import Map, Rows, load_map, token_offsets, token_pointer
+from .primitives import NO_MAP, Map, Rows, load_map, token_offsets, token_pointer
 from .stats import merge_moments
 
 TOKENS = 16  # of one program of the rotary kernel
@@ -54,7 +54,7 @@ def rotary_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, N, D] in BLHD memory: after(R(before(RMSNorm(x)))). Grid: (token tiles, head
-    tiles, batch rows). weight [D], before, angles and after may be None.
+    tiles, batch rows). weight [D] and angles may be None, before and after maps of None.
     """
     b = tl.program_id(2).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
@@ -71,12 +71,12 @@ def rotary_kernel(
             if weight is not None:
                 y = y * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
             row = (b * H + h) * D
-            if before is not None:
+            if before.scale is not None:
                 y = y * load_map(before.scale, row, 0, WIDTH, D)[None, :]
                 y += load_map(before.shift, row, 0, WIDTH, D)[None, :]
             if angles is not None:
                 y = _turned(y, angles, start + n, seen, D, WIDTH)
-            if after is not None:
+            if after.scale is not None:
                 y = y * load_map(after.scale, row, 0, WIDTH, D)[None, :]
                 y += load_map(after.shift, row, 0, WIDTH, D)[None, :]
             to = out + ((b * N + start) * H + h) * D + n[:, None] * (H * D) + d[None, :]
@@ -196,8 +196,8 @@ def group_norm_kernel(
         tl.store(out + offsets, y.to(out.dtype.element_ty), mask=seen)
 
 
-def _map(pair: tuple[Tensor, Tensor] | None) -> Map | None:
-    return None if pair is None else Map(pair[0].contiguous(), pair[1].contiguous())
+def _map(pair: tuple[Tensor, Tensor] | None) -> Map:
+    return NO_MAP if pair is None else Map(pair[0].contiguous(), pair[1].contiguous())
 
 
 def rotary_launch(

@@ -22,9 +22,19 @@ from .configs import (
     is_quantised,
 )
 from .launch import Launch
-from .primitives import BranchArgs, Map, Number, SegmentArgs, rows_of
-from .quantised import quantise_launch
-from .reach import Reach, reach_launch
+from .primitives import (
+    NO_MAP,
+    NO_NUMBER,
+    NO_ROWS,
+    BranchArgs,
+    Map,
+    Number,
+    Rows,
+    SegmentArgs,
+    rows_of,
+)
+from .quantised import NOT_QUANTISED, quantise_launch
+from .reach import NO_REACH, Reach, reach_launch
 from .stats import stats_launches
 
 if TYPE_CHECKING:
@@ -42,11 +52,15 @@ def _number(x: float | Tensor) -> Number:
     return Number(0.0, x, x.stride(0), x.stride(1) if x.ndim == 2 else None)
 
 
-def _map(affine: Affine | None) -> Map | None:
+def _map(affine: Affine | None) -> Map:
     if affine is None:
-        return None
+        return NO_MAP
     center = None if affine.center is None else affine.center.contiguous()
     return Map(affine.scale.contiguous(), affine.shift.contiguous(), center)
+
+
+def _rows(x: Tensor | None) -> Rows:
+    return NO_ROWS if x is None else rows_of(x)
 
 
 @functools.lru_cache(maxsize=256)
@@ -120,13 +134,13 @@ def _segment(segment: Segment, line: int | None, table: Tensor | None, batch: in
         logit_bias=_number(segment.logit_bias),
         key_bias=bias,
         key_bias_stride=0 if bias is None or bias.ndim == 1 or broadcast else bias.stride(0),
-        own_key=rows_of(segment.own_key) if blended and segment.own_key is not None else None,
-        own_value=rows_of(segment.own_value) if blended and segment.own_value is not None else None,
-        blend=_number(segment.kv_blend) if blended else None,
+        own_key=_rows(segment.own_key if blended else None),
+        own_value=_rows(segment.own_value if blended else None),
+        blend=_number(segment.kv_blend) if blended else NO_NUMBER,
         single=None,
         signed=None,
-        reach=None,
-        quantised=None,
+        reach=NO_REACH,
+        quantised=NOT_QUANTISED,
     )
 
 
@@ -153,13 +167,14 @@ def _branches(
         arguments.append(
             BranchArgs(
                 query=rows_of(query if branch.query is None else branch.query),
-                content=None if content is None else rows_of(content),
-                gamma=None if content is None else _number(branch.gamma),
+                content=_rows(content),
+                gamma=NO_NUMBER if content is None else _number(branch.gamma),
                 query_map=_map(branch.query_affine),
                 segments=tuple(_segment(s, line, table, query.shape[0]) for s, line in lines),
+                count=(1,) * len(lines),
                 null_keys=float(nulls) if nulls else None,
-                weight=None if silent else _number(branch.weight),
-                park=None,
+                weight=NO_NUMBER if silent else _number(branch.weight),
+                park=NO_ROWS,
             )
         )
     return tuple(arguments), order
@@ -172,8 +187,9 @@ def _is_decoupled(branches: Sequence[Branch], arguments: Sequence[BranchArgs]) -
         len(segments) > 1
         and sum(s.length for s in segments) <= MAX_COLUMNS
         and all(b.query is None for b in branches)
-        and all(a.query_map is None and a.content is None for a in arguments)
-        and all(s.key_map is None and s.value_map is None and s.own_key is None for s in segments)
+        and all(a.query_map.scale is None and a.content.pointer is None for a in arguments)
+        and all(s.key_map.scale is None and s.value_map.scale is None for s in segments)
+        and all(s.own_key.pointer is None for s in segments)
         and all(s.logit_bias.stride_l is None for s in segments)
     )
 
@@ -191,9 +207,9 @@ def _with_capabilities(branch: BranchArgs, scale: float, block_n: int) -> Branch
 def _with_park(branch: BranchArgs, out: Tensor) -> BranchArgs:
     """A branch that folds anything into a query of the output's dtype puts it there for a while
     (keys blended on load need the shared memory themselves)."""
-    folds = branch.query_map is not None or branch.content is not None
-    folds |= any(s.key_map is not None for s in branch.segments)
-    folds &= all(s.own_key is None for s in branch.segments) and out.dtype != torch.float32
+    folds = branch.query_map.scale is not None or branch.content.pointer is not None
+    folds |= any(s.key_map.scale is not None for s in branch.segments)
+    folds &= all(s.own_key.pointer is None for s in branch.segments) and out.dtype != torch.float32
     return branch._replace(park=rows_of(out)) if folds else branch
 
 
@@ -212,14 +228,14 @@ def _with_quantised(
     centers: dict[Any, Tensor] = {}
     for s in (s for branch in branches for s in branch.segments):
         own = s.rows is None and s.key.stride_b != 0
-        if own and s.key_map is not None and s.key_map.center is not None:
+        if own and s.key_map.center is not None:
             centers.setdefault(_identity(s.key.pointer), s.key_map.center)
     launches: list[Launch] = []
     made: dict[Any, Any] = {}
     reach: dict[Any, Tensor] = {}
 
     def mark(s: SegmentArgs) -> SegmentArgs:
-        if s.own_key is not None or s.key_bias is not None:
+        if s.own_key.pointer is not None or s.key_bias is not None:
             return s  # what a mask hides must not reach the scale of its neighbours
         key = s.key.pointer
         known = _identity(key)
@@ -246,7 +262,7 @@ def _with_reach(
     launches: list[Launch] = []
 
     def mark(s: SegmentArgs) -> SegmentArgs:
-        plain = s.key_bias is None and s.own_key is None and s.logit_bias.stride_l is None
+        plain = s.key_bias is None and s.own_key.pointer is None and s.logit_bias.stride_l is None
         if not plain or s.single is not None or s.length < least:
             return s
         known = _identity(s.key.pointer)
@@ -285,7 +301,7 @@ def plan(
     segments = [s for a in arguments for s in a.segments]
     keys = [s.length for s in segments]
     scale2 = softmax_scale * _LOG2E
-    constants: dict[str, Any] = {"D": dim}
+    constants: dict[str, Any] = {"GROUPS": len(branches), "D": dim}
     before: tuple[Launch, ...] = ()
     if not fast and _is_decoupled(branches, arguments):
         name = "decoupled"
@@ -294,8 +310,10 @@ def plan(
         args: tuple[Any, ...] = (out, lse, arguments, heads, length, scale2)
     else:
         name = "attention"
-        heavy = len(branches) > 1 or any(s.own_key or s.key_bias is not None for s in segments)
-        heavy |= any(s.value_map is not None for a in arguments for s in a.segments[1:])
+        heavy = len(branches) > 1 or any(
+            s.own_key.pointer is not None or s.key_bias is not None for s in segments
+        )
+        heavy |= any(s.value_map.scale is not None for a in arguments for s in a.segments[1:])
         longest = max(keys, default=1)
         tile = attention_tile(arch, dim, query.element_size(), length, longest, heavy=heavy)
         known = find(arch, query.dtype, dim, length, longest, batch * heads)

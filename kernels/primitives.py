@@ -62,8 +62,15 @@ def rows_of(x: Tensor, *, broadcast: bool = False) -> Rows:
     return Rows(x, *strides, aligned=1 if all(s % 8 == 0 for s in strides) else None)
 
 
+NO_NUMBER, NO_MAP = Number(None), Map(None, None)
+NO_ROWS = Rows(None, None, None, None, None)
+"""What is absent: Triton 3.6 compares no tuple that holds a None with None, so that kernels ask for
+a field."""
+
+
 class SegmentArgs(NamedTuple):
-    """What a kernel knows about one segment; None is a capability that it does without."""
+    """What a kernel knows about one segment; None, or a tuple of it, is a capability that the
+    kernel does without."""
 
     key: Any
     value: Any
@@ -92,6 +99,7 @@ class BranchArgs(NamedTuple):
     gamma: Any
     query_map: Any
     segments: Any
+    count: Any  # a 1 for every segment: Triton 3.6 finds no length where there is a None inside
     null_keys: Any
     weight: Any
     park: Any  # Rows of the output: folded queries are put there and read again
@@ -168,7 +176,7 @@ def load_tile(x, b, h, start, n, valid, D: tl.constexpr):
 def load_blended(x, own, blend, row, b, h, start, n, valid, D: tl.constexpr):
     """A key or value tile; with `own`, blend * x[row] + (1 - blend) * own[b] in fp32."""
     tile = load_tile(x, row, h, start, n, valid, D)
-    if own is None:
+    if own.pointer is None:
         return tile
     else:
         mine = load_tile(own, b, h, start, n, valid, D)
@@ -287,10 +295,10 @@ def load_query(x, place, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constex
 def effective_query(branch, place, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
     """[M, WIDTH] fp32: gamma * content + (1 - gamma) * (scale * Q + shift)."""
     q = load_query(branch.query, place, FIRST, WIDTH, D)
-    if branch.query_map is not None:
+    if branch.query_map.scale is not None:
         q = q * load_map(branch.query_map.scale, place[2] * D, FIRST, WIDTH, D)[None, :]
         q += load_map(branch.query_map.shift, place[2] * D, FIRST, WIDTH, D)[None, :]
-    if branch.content is not None:
+    if branch.content.pointer is not None:
         gamma = number_at(branch.gamma, place[0])
         q = gamma * load_query(branch.content, place, FIRST, WIDTH, D) + (1.0 - gamma) * q
     return q
@@ -300,7 +308,7 @@ def effective_query(branch, place, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: 
 def fold_chunk(branch, segment, place, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
     """([M, WIDTH] fp32: Q' times the key scale; [M]: Q' . key shift)."""
     q = effective_query(branch, place, FIRST, WIDTH, D)
-    if segment.key_map is None:
+    if segment.key_map.scale is None:
         return q, tl.zeros_like(tl.sum(q, 1))
     else:
         shift = load_map(segment.key_map.shift, place[2] * D, FIRST, WIDTH, D)
@@ -337,7 +345,7 @@ def _folded_tile(branch, segment, place, scale, D: tl.constexpr):
     """(q chunks in the input dtype, scale [M] for what their rows were divided by, term [M])."""
     DTYPE: tl.constexpr = branch.query.pointer.dtype.element_ty
     center = None
-    if segment.key_map is not None:
+    if segment.key_map.scale is not None:
         center = segment.key_map.center
     room = None
     low, term = fold_chunk(branch, segment, place, 0, low_width(D), D)
@@ -372,7 +380,11 @@ def fold_query(branch, segment, place, factor, D: tl.constexpr):
     """
     b, h, _, start, m, valid = place
     scale = tl.zeros_like(m).to(tl.float32) + tl.abs(factor)
-    if segment.key_map is None and branch.query_map is None and branch.content is None:
+    if (
+        segment.key_map.scale is None
+        and branch.query_map.scale is None
+        and branch.content.pointer is None
+    ):
         q = load_tile(branch.query, b, h, start, m, valid, D)
         term = tl.zeros_like(scale)
     else:
@@ -380,7 +392,7 @@ def fold_query(branch, segment, place, factor, D: tl.constexpr):
         term *= factor
     if segment.signed is not None:
         q = flip_tile(q, factor)
-    if branch.park is not None:
+    if branch.park.pointer is not None:
         q = park_tile(branch.park, place, q, D)
     return q, scale, term
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from .configs import high_width, low_width, next_power_of_2
 from .launch import Launch
 from .primitives import (
+    NO_ROWS,
     Rows,
     fold_chunk,
     load_chunk,
@@ -49,6 +50,9 @@ class Quantised(NamedTuple):
     def shared(self) -> Quantised:
         """The first row for all rows of the batch."""
         return self._replace(key=self.key._replace(stride_b=0), scales_stride=0, center_stride=0)
+
+
+NOT_QUANTISED = Quantised(NO_ROWS, None, None, None, None, None)
 
 
 @triton.constexpr_function

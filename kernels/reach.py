@@ -30,6 +30,9 @@ class Reach(NamedTuple):
     parts: Any
 
 
+NO_REACH = Reach(None, None, None)
+
+
 @triton.jit
 def reach_kernel(
     x, out, H, N, parts, D: tl.constexpr, WIDTH: tl.constexpr, RUN_N: tl.constexpr,

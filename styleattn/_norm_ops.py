@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from styleattn._watch import unseen
 from styleattn.backends import resolve_stats, without_autocast
 
 
@@ -55,6 +56,35 @@ def rotary_formula(
     return y.to(x.dtype)
 
 
+def rotary(*call: Any) -> Tensor:
+    """`rotary_op`, around the dispatcher where nobody would see it."""
+    x, weight, cos, sin, before, after, *_ = call
+    given = [t for t in (x, weight, cos, sin, *before, *after) if t is not None]
+    out: Tensor = _rotary(*call) if unseen(given) else rotary_op(*call)
+    return out
+
+
+def _rotary(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    eps: float,
+    backend: str,
+) -> Tensor:
+    maps = [_pair(*pair) if pair else None for pair in (before, after)]
+    with without_autocast(x.device.type):
+        if resolve_stats("rms_norm_rotary", x, backend or None) == "triton":
+            out: Tensor = _kernels().rotary_forward(
+                x, weight, eps, maps[0], _pair(cos, sin), maps[1]
+            )
+            return out
+        y = rotary_formula(x, weight, cos, sin, maps[0], maps[1], eps)
+        return y.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
 @torch.library.custom_op("styleattn::rms_norm_rotary", mutates_args=())
 def rotary_op(
     x: Tensor,
@@ -67,15 +97,7 @@ def rotary_op(
     backend: str,
 ) -> Tensor:
     """[B, H, N, D] over BLHD memory; `before` and `after` are [] or [scale, shift]."""
-    maps = [_pair(*pair) if pair else None for pair in (before, after)]
-    with without_autocast(x.device.type):
-        if resolve_stats("rms_norm_rotary", x, backend or None) == "triton":
-            out: Tensor = _kernels().rotary_forward(
-                x, weight, eps, maps[0], _pair(cos, sin), maps[1]
-            )
-            return out
-        y = rotary_formula(x, weight, cos, sin, maps[0], maps[1], eps)
-        return y.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    return _rotary(x, weight, cos, sin, before, after, eps, backend)
 
 
 @rotary_op.register_fake
@@ -179,6 +201,39 @@ def group_norm_formula(
     return torch.where(keep.view(-1, *(1 for _ in x.shape[1:])), old, new.to(kept.dtype))
 
 
+def group_norm(*call: Any) -> Tensor:
+    """`group_norm_op`, around the dispatcher where nobody would see it."""
+    x, _, rows, weights, weight, bias, _, _, kept, keep, _ = call
+    given = [t for t in (x, *rows, weights, weight, bias, kept, keep) if t is not None]
+    out: Tensor = _group_norm(*call) if unseen(given) else group_norm_op(*call)
+    return out
+
+
+def _group_norm(
+    x: Tensor,
+    groups: int,
+    rows: Sequence[Tensor],
+    weights: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    kept: Tensor | None,
+    keep: Tensor | None,
+    backend: str,
+) -> Tensor:
+    dtype = x.dtype if kept is None else kept.dtype
+    with without_autocast(x.device.type):
+        if resolve_stats("shared_group_norm", _heads(x), backend or None) == "triton":
+            out: Tensor = _kernels().group_norm_forward(
+                x, groups, rows, weights, weight, bias, eps, silu, kept, keep, dtype
+            )
+            return out
+        references = [] if weights is None else list(zip(rows, weights, strict=True))
+        y = group_norm_formula(x, groups, references, weight, bias, eps, silu, kept, keep)
+        return _like(x, dtype).copy_(y)
+
+
 @torch.library.custom_op("styleattn::shared_group_norm", mutates_args=())
 def group_norm_op(
     x: Tensor,
@@ -194,16 +249,7 @@ def group_norm_op(
     backend: str,
 ) -> Tensor:
     """Like x (kept's dtype where given); rows [B] per reference, weights [references] fp32."""
-    dtype = x.dtype if kept is None else kept.dtype
-    with without_autocast(x.device.type):
-        if resolve_stats("shared_group_norm", _heads(x), backend or None) == "triton":
-            out: Tensor = _kernels().group_norm_forward(
-                x, groups, rows, weights, weight, bias, eps, silu, kept, keep, dtype
-            )
-            return out
-        references = [] if weights is None else list(zip(rows, weights, strict=True))
-        y = group_norm_formula(x, groups, references, weight, bias, eps, silu, kept, keep)
-        return _like(x, dtype).copy_(y)
+    return _group_norm(x, groups, rows, weights, weight, bias, eps, silu, kept, keep, backend)
 
 
 def _heads(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from styleattn import backends
+from styleattn._watch import unseen
 from styleattn.branch import Affine, Branch, Segment
 from styleattn.errors import describe, invalid
 from styleattn.lse import refined
@@ -282,21 +283,6 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
 attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _unseen(tensors: Sequence[Tensor]) -> bool:
-    """Whether nobody would see that an eager call went through an op: no tracer, profiler,
-    transform or dispatch mode, plain tensors only, and nothing to differentiate. Dispatch costs
-    three times what checking a call does."""
-    return (
-        not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-        and all(type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
-        and forward_ad._current_level < 0
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
-    )
-
-
 def _tensors(branches: Sequence[Branch]) -> list[Tensor]:
     """The tensors of a call, in any order."""
     nodes = (*branches, *(s for branch in branches for s in branch.segments))
@@ -326,7 +312,7 @@ def attention(
         Unsupported: gradients of a fast call.
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling and _unseen([query, *_tensors(branches)]):
+    if unseen([query, *_tensors(branches)]):
         return _compute(query, branches, softmax_scale, backend, call, exact_lse, fast)
     if fast and torch.is_grad_enabled():
         backends.refuse_gradients(call, query, branches, [query, *_tensors(branches)])
@@ -379,7 +365,7 @@ token_stats_op.register_autograd(_stats_backward, setup_context=_stats_setup)
 
 def token_stats(x: Tensor, eps: float, backend: str | None) -> tuple[Tensor, Tensor]:
     """Checked token statistics through the op boundary, as `attention` goes through it."""
-    if not torch.compiler.is_compiling() and _unseen([x]):
+    if unseen([x]):
         return _compute_stats(x, eps, backend)
     return token_stats_op(x, eps, backend or "")
 
@@ -387,7 +373,7 @@ def token_stats(x: Tensor, eps: float, backend: str | None) -> tuple[Tensor, Ten
 def adain(x: Tensor, rows: Tensor, eps: float, backend: str | None) -> tuple[Tensor, ...] | None:
     """Scale, shift, own means and aimed-at means of AdaIN to `rows` in one go, [B, H, D] each; None
     where the backend has no kernel for it, or somebody watches."""
-    if torch.compiler.is_compiling() or not _unseen([x, rows]):
+    if not unseen([x, rows]):
         return None
     module = backends.load_stats(backends.resolve_stats("token_stats", x, backend))
     fused = getattr(module, "adain_forward", None)

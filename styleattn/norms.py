@@ -88,8 +88,7 @@ def rms_norm_rotary(
     maps = [None if a is None else (a.scale, a.shift) for a in (before, after)]
     if fused(x, backend):
         first, last = ([] if pair is None else list(pair) for pair in maps)
-        out: Tensor = _norm_ops.rotary_op(x, weight, cos, sin, first, last, eps, backend or "")
-        return out
+        return _norm_ops.rotary(x, weight, cos, sin, first, last, eps, backend or "")
     return _norm_ops.rotary_formula(x, weight, cos, sin, maps[0], maps[1], eps)
 
 
@@ -157,7 +156,6 @@ def shared_group_norm(
     if references:
         weights = torch.stack([_number(w, x) for _, w in references])
     served = [rows for rows, _ in references]
-    out: Tensor = _norm_ops.group_norm_op(
+    return _norm_ops.group_norm(
         x, groups, served, weights, weight, bias, eps, silu, kept, keep, backend or ""
     )
-    return out

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from styleattn import _norm_ops
 from styleattn.branch import Affine
 from styleattn.errors import Invalid
 from styleattn.kernels.norms import RUN, TOKENS, group_norm_forward, rotary_forward
@@ -248,3 +249,25 @@ def test_a_compiler_sees_one_graph():
     for backend in ("triton", None):
         for got, want in zip(compiled(x, image, backend), both(x, image, backend), strict=True):
             assert torch.equal(got, want)
+
+
+def test_nobody_watching_no_op(monkeypatch):
+    """Eager calls reach the kernels around the dispatcher; autograd and profilers see an op."""
+    x = features(generator(), (2, 2, 9, 8))
+    image = x.reshape(2, 16, 9)
+    rows = [(torch.tensor([0, 0]), 1.0)]
+
+    def run(x, image):
+        turned = rms_norm_rotary(x, eps=EPS, rotary=angles(9, 8), backend="triton")
+        return turned, shared_group_norm(image, 4, rows, backend="triton")
+
+    with torch.profiler.profile() as profile:
+        watched = run(x, image)
+    seen = {event.key for event in profile.key_averages()}
+    assert {"styleattn::rms_norm_rotary", "styleattn::shared_group_norm"} <= seen
+    assert all(y.requires_grad for y in run(x.clone().requires_grad_(), image.requires_grad_()))
+    monkeypatch.setattr(_norm_ops, "rotary_op", None)
+    monkeypatch.setattr(_norm_ops, "group_norm_op", None)
+    with torch.no_grad():
+        direct = run(x, image.detach())
+    assert all(torch.equal(a, b) for a, b in zip(direct, watched, strict=True))
