@@ -17,9 +17,11 @@ import random_flux
 from PIL import Image
 from safetensors.torch import save_file
 
+from styleattn import tiny
 from styleattn.pipelines import flux_blocks
 from styleattn.pipelines.flux_blocks import Likeness, Row, Setup, Truth, block_groups, table
 from styleattn.pipelines.sampling import Sampling, generate
+from styleattn.processors._layers import layer_weights
 from styleattn.tiny.drawings import draw
 from styleattn.tiny.trials import trials
 
@@ -176,6 +178,31 @@ def test_models_of_ones_own_need_a_measure(
     error = capsys.readouterr().err
     assert "flux/ is measured with --adapter, --image-encoder, --reference, --prompts" in error
     assert "--csd" not in error.splitlines()[-1]
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def record() -> list[Row]:
+    found = json.loads((tiny.adapter_path() / "blocks.json").read_text("utf-8"))
+    return [Row(**row) for row in found]
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    page = (ROOT / "docs" / "flux-presets.md").read_text("utf-8")
+    assert table(record()) in page
+
+
+def test_the_presets_are_what_the_record_says() -> None:
+    """The rule of the page: of the blocks alone, those that reach half of the style match of all
+    blocks are style."""
+    rows = {row.name: row for row in record()}
+    everywhere = rows["all"].found["style"]
+    alone = [row for row in rows.values() if len(row.weights) == 1]
+    wanted = {b for row in alone for b in row.weights if row.found["style"] >= everywhere / 2}
+    weights = layer_weights("style", SMALL)
+    assert {name.removesuffix(".attn") for name, w in weights.items() if w} == wanted
+    assert set(weights.values()) <= {0.0, 1.0}
 
 
 def test_a_group_of_tiny_flux_from_the_command_line(
