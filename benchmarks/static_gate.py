@@ -279,6 +279,8 @@ def cases() -> Iterator[str]:
             yield f"plain {arch} {dim} float32"
         for dim in (40, 64, 80, 128, 160):
             yield f"shared {arch} {dim} bfloat16"
+            if arch in configs.BOUNDED:  # with a running maximum
+                yield f"shared {arch} {dim} float16"
             if configs.is_quantised(arch, dim):
                 yield f"shared-int8 {arch} {dim} bfloat16"
         for kind in ("shared-values", "injected", "joint"):
