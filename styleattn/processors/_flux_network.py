@@ -33,7 +33,7 @@ def network_facts(model: Any) -> dict[str, Any]:
     """
     known = torch.cat([*_numbers(model), torch.zeros(0)])
     values = None
-    if bool(torch.isfinite(known).all()) and known.numel():
+    if bool(torch.isfinite(known).all()) and known.numel() and not _on_disk(model):
         stride = max(1, known.numel() // _VALUES)
         chosen = known[::stride][:_VALUES].numpy().astype("<f4")
         values = base64.b64encode(chosen.tobytes()).decode()
@@ -55,6 +55,16 @@ def against_network(model: Any, told: Mapping[str, Any]) -> list[str]:
     if a.shape != b.shape or np.linalg.norm(a - b) > _NEAR * np.linalg.norm(b):
         reasons.append("it was made with other weights")
     return reasons
+
+
+def _on_disk(model: Any) -> bool:
+    """Whether diffusers offloads to files: parameters then hold uninitialised memory."""
+    for module in model.modules():
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        group = getattr(hooks.get("group_offloading"), "group", None)
+        if getattr(group, "offload_to_disk_path", None) is not None:
+            return True
+    return False
 
 
 def _numbers(model: Any) -> Iterator[Tensor]:

@@ -354,6 +354,11 @@ def test_it_knows_the_model_it_was_made_with(bank, tmp_path):
     offloaded = random_flux.flux()
     offloaded.transformer.to("meta")
     apply(offloaded, StyleAligned(), bank=read).remove()
+    on_disk = random_flux.flux()
+    on_disk.transformer.enable_group_offload(
+        "cpu", offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
+    )
+    apply(on_disk, StyleAligned(), bank=read).remove()
 
 
 def test_what_cannot_be_built(pipe, trajectories):
