@@ -72,10 +72,14 @@ class InContext(PictureSettings):
     )
 
     def __post_init__(self) -> None:
+        self._refuse(self._wrong())
+
+    def _wrong(self) -> list[str]:
+        """What is wrong with the settings."""
         reasons = self._strengths(*_SEES)
         if self.positions not in POSITIONS:
             reasons.append(f"positions must be one of {POSITIONS}, got {self.positions!r}")
-        self._refuse(reasons)
+        return reasons
 
     @property
     def apart(self) -> bool:

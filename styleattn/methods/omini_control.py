@@ -55,12 +55,11 @@ class OminiControl(InContext):
         weights="those of the LoRA",
     )
 
-    def __post_init__(self) -> None:
-        reasons = self._own()
-        if self.positions != "index":
+    def _wrong(self) -> list[str]:
+        reasons = [*super()._wrong(), *self._own()]
+        if self.positions == "diagonal":
             reasons.append("positions are InContext's; say the offset")
-        self._refuse(reasons)
-        super().__post_init__()
+        return reasons
 
     @property
     def clean(self) -> bool:

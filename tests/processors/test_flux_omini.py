@@ -245,6 +245,7 @@ def test_the_guidance_of_pictures_that_run_apart(pipe):
         ({"offset": 3.0}, r"must be \(down, right\)"),
         ({"lora": 1}, "the name of a LoRA"),
         ({"sees_text": -1.0}, "must not be negative"),
+        ({"sees_text": -1.0, "offset": 3.0}, r"not be negative.*must be \(down, right\)"),
     ],
 )
 def test_bad_knobs(bad, words):
