@@ -18,7 +18,7 @@ from styleattn.inversion.host import (
     schedule_of,
 )
 from styleattn.processors import apply
-from styleattn.processors.features import FeatureCache, cache_features
+from styleattn.processors.features import FeatureCache, cache_features, facts_of
 from styleattn.references import StyleBank
 
 from .drawing import Drawing, adain
@@ -57,12 +57,13 @@ def draw(drawing: Drawing) -> list[Image.Image]:
 
 
 def _kept(drawing: Drawing) -> StyleBank | FeatureCache | None:
-    """The references' features, in a folder for each content and style; or the bank itself."""
+    """The references' features, in a folder for all that they depend on; or the bank itself."""
     bank = drawing.bank
     if drawing.features is None or not isinstance(bank, StyleBank):
         return bank
     guided = drawing.sampling.guidance_scale != 1.0
-    told = repr(([r.prompt for r in bank.references], drawing.sampling.negative_prompt, guided))
+    facts = facts_of(drawing.pipe, drawing.method, bank, guided)
+    told = repr(([r.prompt for r in bank.references], drawing.sampling.negative_prompt, facts))
     name = hashlib.sha256(bank.latents.cpu().numpy().tobytes() + told.encode()).hexdigest()[:16]
     place = Path(drawing.features, name)
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,7 @@ def cache_features(
             f"cache_features: {method.name} needs a bank of {len(method.ROLES)} references"
             f" ({', '.join(method.ROLES)}), got {len(bank.references)}"
         )
-    facts = _facts(pipe, method, bank, guided)
+    facts = facts_of(pipe, method, bank, guided)
     references = tuple(method.references or bank.references)
     if place in PLACES:
         if place == "pinned" and not torch.cuda.is_available():
@@ -167,7 +167,8 @@ def _chunks(guided: bool) -> list[bool]:
     return [True, False] if guided else [False]
 
 
-def _facts(pipe: Any, method: Any, bank: StyleBank, guided: bool) -> dict[str, Any]:
+def facts_of(pipe: Any, method: Any, bank: StyleBank, guided: bool) -> dict[str, Any]:
+    """What features depend on, the numbers of a bank without a fingerprint apart; JSON-ready."""
     return {
         "model": fingerprint(pipe.unet),
         "method": method.name,

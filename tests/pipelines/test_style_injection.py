@@ -201,6 +201,8 @@ def test_features_are_kept_for_further_runs(pipe, tmp_path, compat):
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == files
     draw("e", "other", *kept)
     assert len(list((tmp_path / "kept").iterdir())) == 2
+    draw("f", "other", *kept, "--set", "layers=all")
+    assert len(list((tmp_path / "kept").iterdir())) == 3
 
 
 def test_the_contents_own_statistics(pipe, tmp_path):
