@@ -171,8 +171,14 @@ def _check(
         raise ValueError(
             f"{len(contents)} content pictures need as many prompts, got {len(job.prompts)}"
         )
-    if recipe.roles and "style" not in recipe.roles and (sources or bank is not None):
+    if sources and not ("style" in recipe.roles or recipe.shown or recipe.most):
         raise ValueError(f"{name} takes no reference picture")
+    if bank is not None and (sources or "style" not in recipe.roles):
+        raise ValueError(
+            "a bank takes the place of references; give one or the other"
+            if "style" in recipe.roles
+            else f"{name} takes no bank"
+        )
     if not 0 <= job.seed < 2**63 - len(job.prompts):
         raise ValueError(f"seed must lie in 0..{2**63 - len(job.prompts) - 1}, got {job.seed}")
     if recipe.roles and any(s.picture is not None for s in (*sources, *contents)):

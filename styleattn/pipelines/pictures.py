@@ -10,13 +10,14 @@ from typing import Any
 from PIL import Image
 
 from styleattn.inversion.host import Picture, read_picture
+from styleattn.methods import METHODS
 from styleattn.references import StyleBank
 
 from .folder import run_folder
 from .hosts import host_of
 from .recipes import recipe_of
 from .sampling import Sampling
-from .settings import DEFAULTS, FLUX_DEFAULTS
+from .settings import DEFAULTS, FLUX_DEFAULTS, SCHNELL_DEFAULTS
 from .sources import Job, Source
 from .style_aligned import Inversion
 from .stylize import inversion_of, sampling_of
@@ -45,10 +46,10 @@ def styled_pictures(
     Args:
         pipe: a Stable Diffusion 1, 2 or XL, or a FLUX.1 pipeline.
         method: an instance of one of `METHODS`, with its adapter where it has one.
-        prompts: one picture each.
+        prompts: one picture each; a single one serves every content picture.
         reference: the style: pictures, paths, or `Source` with prompt and weight.
         content: for methods that restyle a picture: one for all prompts, or one for each.
-        sampling, inversion: None for what suits the method.
+        sampling, inversion: None for what suits the method, and schnell where the pipeline is it.
         bank: a ready bank in place of references.
         seed: picture i is drawn from ``seed + i``.
         batch_size: pictures per call of the pipeline.
@@ -62,11 +63,13 @@ def styled_pictures(
         ValueError, TypeError, FileNotFoundError: inputs without meaning, before anything is
             computed.
     """
-    host = host_of(pipe)
-    recipe = recipe_of(method.name, host)
-    usual = {**DEFAULTS, **(FLUX_DEFAULTS if host == "flux" else {}), **recipe.defaults}
+    if not isinstance(method, tuple(METHODS.values())):
+        raise TypeError(f"styled_pictures takes a method such as StyleAligned(), got {method!r}")
+    usual = _usual(pipe, method)
+    contents = _sources(content)
+    told = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     job = Job(
-        prompts=(prompts,) if isinstance(prompts, str) else tuple(prompts),
+        prompts=told * len(contents) if len(told) == 1 and len(contents) > 1 else told,
         method=method,
         sampling=sampling_of(usual) if sampling is None else sampling,
         inversion=inversion_of(usual) if inversion is None else inversion,
@@ -82,11 +85,20 @@ def styled_pictures(
             job,
             out,
             sources=_sources(reference),
-            contents=_sources(content),
+            contents=contents,
             bank=bank,
             progress=progress,
         )
         return [read_picture(out / picture["file"]) for picture in manifest["pictures"]]
+
+
+def _usual(pipe: Any, method: Any) -> dict[str, Any]:
+    """The options that suit a method on a pipeline."""
+    host = host_of(pipe)
+    usual = {**DEFAULTS, **(FLUX_DEFAULTS if host == "flux" else {})}
+    distilled = host == "flux" and not pipe.transformer.config.guidance_embeds
+    own = SCHNELL_DEFAULTS if distilled else {}
+    return {**usual, **recipe_of(method.name, host).defaults, **own}
 
 
 def _sources(given: Picture | Source | Sequence[Picture | Source]) -> tuple[Source, ...]:

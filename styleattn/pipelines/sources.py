@@ -304,9 +304,15 @@ class Workshop:
 
 
 def shown(job: Job, sources: Sequence[Source]) -> Job:
-    """A job whose method is shown the reference pictures, where its recipe says so."""
-    if not job.recipe.shown or job.method.references is not None:
+    """A job whose method is shown the reference pictures, where its recipe says so.
+
+    Raises:
+        ValueError: the method has references already.
+    """
+    if not job.recipe.shown or (job.method.references is not None and not sources):
         return job
+    if job.method.references is not None:
+        raise ValueError(f"{job.method.name} has references of its own; give them once")
     references = tuple(
         Reference(image=s.picture, prompt=s.prompt, weight=s.weight) for s in sources
     )

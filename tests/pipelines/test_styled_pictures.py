@@ -10,8 +10,10 @@ import random_flux
 from PIL import Image
 
 from styleattn import cli
-from styleattn.methods import AlignedGen, StyleAligned, StyleID
+from styleattn.methods import AlignedGen, EasyControl, PuLIDFLUX, StyleAligned, StyleID
 from styleattn.pipelines import Sampling, load_model, styled_pictures
+from styleattn.processors.bank import build_bank
+from styleattn.references import Reference
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +72,44 @@ def test_what_is_missing_is_said_before_work(place, hosts):
         styled_pictures(pipe, StyleID(), content=place / "1.png")
     with pytest.raises(ValueError, match="no recipe"):
         styled_pictures(pipe, AlignedGen(), "a cat", reference=place / "1.png")
+
+
+def test_one_prompt_for_several_contents(place, hosts):
+    contents = [place / "0.png", place / "1.png"]
+    size = Sampling(4, 1.0, height=16, width=16)
+    pipe = hosts.sd(scheduler=hosts.ddim(steps_offset=1))
+    found = styled_pictures(pipe, StyleID(), reference=contents[0], content=contents, sampling=size)
+    assert len(found) == 2
+    assert found[0].tobytes() != found[1].tobytes()
+
+
+def test_schnell_is_not_guided(place):
+    """Four steps without a scale, which such models refuse."""
+    pipe = random_flux.flux(guidance_embeds=False)
+    pipe.transformer.register_forward_pre_hook(
+        lambda m, args, kwargs: calls.append(kwargs["guidance"]), with_kwargs=True
+    )
+    calls = []
+    method = EasyControl(offset=(0.0, 0.0))
+    assert len(styled_pictures(pipe, method, "a cat", reference=place / "0.png")) == 1
+    assert calls == [None] * 4
+
+
+def test_nothing_that_is_given_is_left_out(place):
+    pipe, picture = random_flux.flux(), place / "0.png"
+    sampling = Sampling(2, height=16, width=16)
+    options = {"num_inference_steps": 2, "height": 16, "width": 16}
+    bank = build_bank(pipe, Reference(prompt="a cat"), AlignedGen(), **options)
+    shown = EasyControl(references=(Reference(image=picture),))
+    wrong = [
+        (AlignedGen(), {"bank": bank}, ValueError, "one or the other"),
+        (shown, {}, ValueError, "has references of its own"),
+        (shown, {"bank": bank, "reference": ()}, ValueError, "takes no bank"),
+        (PuLIDFLUX(), {}, ValueError, "takes no reference picture"),
+        ("aligned_gen", {}, TypeError, "takes a method such as"),
+        (AlignedGen, {}, TypeError, "takes a method such as"),
+    ]
+    for method, more, error, words in wrong:
+        given = {"reference": picture, "sampling": sampling, **more}
+        with pytest.raises(error, match=words):
+            styled_pictures(pipe, method, "a cat", **given)
