@@ -44,8 +44,10 @@ def styled_pictures(
     inverted is inverted, the noise prepared, the method switched on, and off again.
 
     Args:
-        pipe: a Stable Diffusion 1, 2 or XL, or a FLUX.1 pipeline.
+        pipe: a Stable Diffusion 1, 2 or XL, or a FLUX.1 pipeline, with the scheduler that it has;
+            `use_ddim` gives a UNet's the command line's.
         method: an instance of one of `METHODS`, with its adapter where it has one.
+            `FillDiptych` has a canvas: `fill_diptych`.
         prompts: one picture each; a single one serves every content picture.
         reference: the style: pictures, paths, or `Source` with prompt and weight.
         content: for methods that restyle a picture: one for all prompts, or one for each.
