@@ -146,4 +146,4 @@ def test_what_is_refused(place, tmp_path, capsys):
     refused([*argv[:at], *argv[at + 2 :]], "--reference is missing")
     refused([*argv, "--bank", "bank.safetensors"], "takes no --bank")
     at = argv.index("--adapter")
-    refused([*argv[:at], *argv[at + 2 :]], "references but no adapter")
+    refused([*argv[:at], *argv[at + 2 :]], "--adapter is missing: ip_adapter needs")

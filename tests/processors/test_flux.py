@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_refused_whole(pipe):
     refused = [
         (TypeError, "z_star does not work on a FluxTransformer2DModel", ZStar(), None),
         (ValueError, "matches no attention layer", StyleAligned(layers="up_blocks"), None),
-        (ValueError, "known for SDXL", StyleAligned(layers="style"), None),
+        (ValueError, "no preset has been measured", StyleAligned(layers="style"), None),
         (ValueError, "needs a bank", StyleAligned(references=(Reference(image="a.png"),)), None),
     ]
     for error, words, method, bank in refused:
