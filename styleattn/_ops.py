@@ -312,11 +312,11 @@ def attention(
         Unsupported: gradients of a fast call.
     """
     compiling = torch.compiler.is_compiling()
-    if unseen([query, *_tensors(branches)]):
+    if not compiling and unseen([query, *_tensors(branches)]):  # tracers need not read the latter
         return _compute(query, branches, softmax_scale, backend, call, exact_lse, fast)
-    if fast and torch.is_grad_enabled():
-        backends.refuse_gradients(call, query, branches, [query, *_tensors(branches)])
     tensors, layout, numbers = pack(branches)
+    if fast and torch.is_grad_enabled():
+        backends.refuse_gradients(call, query, branches, [query, *tensors])
     if not compiling and forward_ad._current_level >= 0:
         dual = [x for x in (query, *tensors) if forward_ad.unpack_dual(x).tangent is not None]
         if dual:
