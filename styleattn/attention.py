@@ -60,9 +60,10 @@ def attention(
             only, no gradients. With q = a_k Q', c the mean of the segment's keys, scales per query
             and per 128 keys, the logits of query i move by at most
 
-                eps_i = |alpha| sigma / 254 * max_j (max |q_i| |k_j - c|_1 + max |k - c| |q_i|_1)
+                eps_i = |alpha| sigma / 254
+                        * max_j (max |q_i| |k_j - c|_1 + m |q_i|_1 + D m max |q_i| / 254)
 
-            (the second max over j's 128 keys), so its LSE by eps_i and its output by
+            (m is max |k - c| over j's 128 keys), so its LSE by eps_i and its output by
             (exp(2 eps_i) - 1) sum_j p_ij |V'_j|, beside what "exact" loses. Errors of both signs
             cancel: the logits' root mean square error is alpha sigma / (127 sqrt(12)) times
             sqrt(max |q_i|^2 |k_j - c|_2^2 + max |k - c|^2 |q_i|_2^2). "exact" never does this.

@@ -60,6 +60,8 @@ def bounds(query, branches, scale=None):
             )[..., 0]  # fmt: skip
             step = folded.abs().amax(-1)[..., None] * key.abs().sum(-1)[:, :, None]
             step = step + folded.abs().sum(-1)[..., None] * peak[:, :, None]
+            both_round = folded.shape[-1] / 254 * folded.abs().amax(-1)[..., None]
+            step = step + both_round * peak[:, :, None]
             alpha = torch.as_tensor(s.logit_scale).double().abs().reshape(-1, 1, 1)
             here = alpha * abs(scale) / 254 * step.amax(-1)
             gone = torch.zeros(len(query), 1, 1, dtype=torch.bool)
@@ -71,6 +73,21 @@ def bounds(query, branches, scale=None):
         )
         weighed.append(exact(query, (replace(branch, segments=positive, weight=1.0),), scale)[0])
     return torch.stack(moved), torch.stack(weighed)
+
+
+def test_the_bound_counts_what_both_roundings_take():
+    """Every channel of query and key rounds up: more than the two roundings one by one."""
+    query = torch.full((1, 1, 1, 64), 1.5, dtype=torch.float64)
+    query[..., 0] = 127
+    near, peak = torch.full((64,), 1.5), torch.zeros(64)
+    near[0], peak[0] = -0.5, 127
+    key = torch.stack([near, -near, peak, -peak])[None, None].double()
+    moved = reference._fast_products(query, Segment(key, key)) - query @ key.transpose(-1, -2)
+    (bound,), _ = bounds(query, (Branch((Segment(key, key),)),), scale=1.0)
+    one_by_one = (127 * key.abs().sum(-1) + 127 * query.abs().sum(-1)) / 254
+    assert moved[..., 0].abs() > one_by_one[..., 0]
+    assert (moved.abs() <= one_by_one + 64 * 127 * 127 / 254**2).all()
+    assert (moved.abs().amax(-1) <= bound).all()
 
 
 def exact_values(s):
