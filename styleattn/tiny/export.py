@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .adapter_model import ImagePrompts, save_image_prompts
+from .adapter_model import save_image_prompts
 from .captions import save_tokenizer, save_word_tokenizer
 from .flux_model import FluxDenoiser, new_flow_scheduler, new_word_tokenizer
 from .model import Denoiser, new_scheduler, new_tokenizer
+from .train_adapter import HOSTS
 
 Record = dict[str, object]
-ADAPTER = "tiny-flux-ip-adapter"
+ADAPTERS = {f"{name}-ip-adapter": host for name, host in HOSTS.items()}
 
 
 def use_averaged(model: nn.Module, run: Path) -> Record:
@@ -128,14 +129,15 @@ def export(run: Path, vae: Path, out: Path, model: str = "tiny-sdxl") -> None:
     fresh.rename(out)
 
 
-def export_adapter(run: Path, out: Path) -> None:
-    """Save the image adapter of a run of `styleattn.tiny.train_adapter`, its encoder, and
-    `training.json`; `out` is replaced only when all is written."""
-    model = ImagePrompts()
+def export_adapter(run: Path, out: Path, name: str) -> None:
+    """Save the image adapter (one of `ADAPTERS`) of a run of `styleattn.tiny.train_adapter`, its
+    encoder, and `training.json`; `out` is replaced only when all is written."""
+    host = ADAPTERS[name]
+    model = host.new_prompts()
     record = use_averaged(model, run)
     fresh = out.with_name(out.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    save_image_prompts(model, fresh)
+    save_image_prompts(model, host.places(model.adapter), fresh)
     (fresh / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if (out / "MODEL_CARD.md").exists():
         shutil.copy(out / "MODEL_CARD.md", fresh)
@@ -153,13 +155,14 @@ def main() -> None:
         "vae", type=Path, nargs="?", help="folder of styleattn.tiny.vae; an adapter has none"
     )
     parser.add_argument("--out", type=Path, required=True)
-    models = ("tiny-sdxl", "tiny-flux", ADAPTER)
+    models = ("tiny-sdxl", "tiny-flux", *ADAPTERS)
     parser.add_argument("--model", choices=models, default="tiny-sdxl")
     values = parser.parse_args()
-    if (values.vae is None) != (values.model == ADAPTER):
+    adapter = values.model in ADAPTERS
+    if (values.vae is None) != adapter:
         parser.error("models need the folder of a vae, adapters take none")
-    if values.model == ADAPTER:
-        export_adapter(values.run, values.out)
+    if adapter:
+        export_adapter(values.run, values.out, values.model)
     else:
         export(values.run, values.vae, values.out, values.model)
 

@@ -81,6 +81,17 @@ def make_batch(settings: Settings, step: int, tokenizer: Any) -> Batch:
     return Batch(latents, noise, torch.from_numpy(times), ids, keep, groups)
 
 
+def clean_loss(error: torch.Tensor, alphas: torch.Tensor, detail: float) -> torch.Tensor:
+    """The error of clean latents, weighted with the signal-to-noise ratio held within 1..5; and
+    `detail` times what is left of the error without its mean over 3 x 3 pixels."""
+    weight = (alphas / (1 - alphas)).clamp(1, 5)
+    loss = (weight * error.square()).mean()
+    if detail:
+        around = F.avg_pool2d(F.pad(error, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        loss = loss + detail * (error - around).square().mean()
+    return loss
+
+
 class Run(BaseRun):
     """A training run of `tiny-sdxl`."""
 
@@ -105,8 +116,6 @@ class Run(BaseRun):
         )
 
     def loss(self) -> torch.Tensor:
-        """The error of the clean latents, weighted with the signal-to-noise ratio held within
-        1..5; and `detail` times what is left of the error without its mean over 3 x 3 pixels."""
         settings = self.settings
         batch = make_batch(settings, self.step, self.tokenizer)
         alphas = self.alphas[batch.times][:, None, None, None]
@@ -115,13 +124,7 @@ class Run(BaseRun):
         predicted = self.model(
             noisy.contiguous(memory_format=torch.channels_last), batch.times, batch.ids, batch.keep
         )
-        weight = (alphas / (1 - alphas)).clamp(1, 5)
-        error = predicted - batch.latents
-        loss = (weight * error.square()).mean()
-        if settings.detail:
-            around = F.avg_pool2d(F.pad(error, (1, 1, 1, 1), mode="replicate"), 3, 1)
-            loss = loss + settings.detail * (error - around).square().mean()
-        return loss
+        return clean_loss(predicted - batch.latents, alphas, settings.detail)
 
 
 def train(

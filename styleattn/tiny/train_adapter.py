@@ -1,5 +1,5 @@
-"""Train the IP-Adapter of `tiny-flux`, which stays as it is: `python -m
-styleattn.tiny.train_adapter --out DIR`; an interrupted run goes on."""
+"""Train the IP-Adapter of an embedded model, which stays as it is: `python -m
+styleattn.tiny.train_adapter --model tiny-sdxl --out DIR`; an interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -10,50 +10,40 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import load, training
-from .adapter_model import READ, ImagePrompts, Shown, show_pictures
+from . import training
+from .adapter_model import READ, Batch, Host, ImagePrompts
 from .captions import caption
-from .drawings import CONTENTS, STYLES, draw
-from .flux_model import image_ids, tokens_of, without_means
-from .train_flux import compile_blocks, encoded
+from .drawings import CONTENTS, SIZE, STYLES, draw
+from .flux_adapter import FluxHost
+from .sdxl_adapter import SdxlHost
 from .training import BaseRun, run_command, spread_levels
+
+HOSTS: dict[str, type[Host]] = {host.model: host for host in (FluxHost, SdxlHost)}
+"""The models that an adapter is trained for."""
 
 
 @dataclass(frozen=True)
 class Settings(training.Settings):
-    """The settings of the adapter.
+    """The settings of an adapter.
 
     Args:
+        model: the model that it is for.
         shift: s, the noise levels are s u / (1 + (s - 1) u) for u even in 0..1.
         same: share of the rows whose picture shows what is drawn, in the same style (drawn again);
             the others' picture shows another content in that style.
         unseen: share of the rows without a picture.
         reading: weight of the loss of the heads that read from the embedding what the picture
             shows.
-        guidance: the embedded guidance scale that the model is told.
-        compiled: run the blocks through `torch.compile`; the rounding differs from the eager run's.
+        compiled: on `tiny-flux`, run the blocks through `torch.compile`; the rounding differs from
+            the eager run's.
     """
 
+    model: str = "tiny-flux"
     shift: float = 2.5
     same: float = 1.0
     unseen: float = 0.1
     reading: float = 0.02
-    guidance: float = 3.0
     compiled: bool = False
-
-
-@dataclass
-class Batch:
-    """Clean tokens, noise, noise levels, prompts; the pictures shown, their classes [B, 4] in the
-    order of `READ`, and which rows see theirs."""
-
-    tokens: torch.Tensor
-    noise: torch.Tensor
-    levels: torch.Tensor
-    prompts: list[str]
-    pictures: torch.Tensor
-    classes: torch.Tensor
-    seen: torch.Tensor
 
 
 def make_batch(settings: Settings, step: int) -> Batch:
@@ -76,14 +66,13 @@ def make_batch(settings: Settings, step: int) -> Batch:
     levels = settings.shift * spread / (1 + (settings.shift - 1) * spread)
     seen = rng.random(count) >= settings.unseen
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    tokens = tokens_of(drawn)
-    noise = torch.randn(tokens.shape, generator=generator)
+    noise = torch.randn(count, 3 * SIZE**2, generator=generator)
     classes = [
         [names.index(name) for names, name in zip(READ, (CONTENTS[c], *astuple(s)), strict=True)]
         for c, s in zip(shown, styles, strict=True)
     ]
     return Batch(
-        tokens,
+        drawn,
         noise,
         torch.from_numpy(levels).float(),
         prompts,
@@ -98,58 +87,34 @@ def _as_pixels(arrays: list[np.ndarray]) -> torch.Tensor:
 
 
 class Run(BaseRun):
-    """A training run of the adapter."""
+    """A training run of an adapter."""
 
     settings: Settings
 
     def new_model(self) -> ImagePrompts:
-        model = ImagePrompts()
-        self.pipe = load("tiny-flux")
-        for part in (self.pipe.transformer, self.pipe.text_encoder, self.pipe.text_encoder_2):
-            part.requires_grad_(False)
-        self.shown = Shown()
-        show_pictures(self.pipe.transformer, model.adapter, self.shown)
+        kind = HOSTS[self.settings.model]
+        model = kind.new_prompts()
+        self.host = kind()
+        self.host.begin(model)
         if self.settings.compiled:
-            compile_blocks(self.pipe.transformer)
+            self.host.compile()
         return model
 
     def is_matrix(self, name: str, parameter: nn.Parameter) -> bool:
         """The matrices of the encoder's layers and of keys and values."""
-        return parameter.ndim == 2 and name.startswith(("encoder.encoder.", "adapter.pairs."))
+        inner = ".encoder.layers." in name or name.startswith("adapter.pairs.")
+        return inner and parameter.ndim == 2
 
     def loss(self) -> torch.Tensor:
-        """The error of the velocity; and `detail` times what is left of the error without its mean
-        over the 4 x 4 pixels of a token, and `reading` times the error of the heads."""
+        """The model's own loss; and `reading` times the error of the heads."""
         settings = self.settings
         batch = make_batch(settings, self.step)
-        levels = batch.levels[:, None, None]
-        noisy = (1 - levels) * batch.tokens + levels * batch.noise
         embeds = self.model.embed(batch.pictures)
-        self.shown.tokens = self.model.tokens(embeds, batch.seen)
-        error = self._velocity(noisy, batch) - (batch.noise - batch.tokens)
-        loss = error.square().mean()
-        if settings.detail:
-            loss = loss + settings.detail * without_means(error).square().mean()
+        self.host.shown.tokens = self.model.tokens(embeds, batch.seen)
+        loss = self.host.loss(batch, settings.detail)
         if settings.reading:
             loss = loss + settings.reading * self.model.misread(embeds, batch.classes)
         return loss
-
-    def _velocity(self, noisy: torch.Tensor, batch: Batch) -> torch.Tensor:
-        pipe = self.pipe
-        with torch.no_grad():
-            hidden = pipe.text_encoder_2(encoded(pipe.tokenizer_2, batch.prompts))[0]
-            pooled = pipe.text_encoder(encoded(pipe.tokenizer, batch.prompts)).pooler_output
-        velocity: torch.Tensor = pipe.transformer(
-            noisy,
-            encoder_hidden_states=hidden,
-            pooled_projections=pooled,
-            timestep=batch.levels,
-            guidance=torch.full_like(batch.levels, self.settings.guidance),
-            img_ids=image_ids(),
-            txt_ids=torch.zeros(hidden.shape[1], 3),
-            return_dict=False,
-        )[0]
-        return velocity
 
 
 def train(
@@ -163,7 +128,7 @@ def train(
 
 
 def main() -> None:
-    about = "Train the IP-Adapter of tiny-flux."
+    about = "Train the IP-Adapter of an embedded model."
     run_command("python -m styleattn.tiny.train_adapter", about, Run, Settings)
 
 
