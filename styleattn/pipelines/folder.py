@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,11 @@ def _check(
         raise ValueError(f"{name} takes {recipe.most} reference pictures, got {len(sources)}")
     if job.control_scale is not None and getattr(pipe, "controlnet", None) is None:
         raise ValueError("a control scale needs a ControlNet (--controlnet)")
+    if job.control_scale is not None and not 0 <= job.control_scale < inf:
+        raise ValueError(f"control_scale must be finite and >= 0, got {job.control_scale}")
+    if job.features is not None and not (job.host == "unet" and hasattr(job.method, "CACHED")):
+        model = "FLUX" if job.host == "flux" else "UNets"
+        raise ValueError(f"{name} keeps no features on {model} (--features)")
     if len(contents) not in (0, 1, len(job.prompts)):
         raise ValueError(
             f"{len(contents)} content pictures need as many prompts, got {len(job.prompts)}"

@@ -38,6 +38,7 @@ def styled_pictures(
     control_scale: float | None = None,
     backend: str | None = None,
     folder: str | Path | None = None,
+    features: str | Path | None = None,
     progress: Callable[[str, int, int], object] = lambda stage, done, total: None,
 ) -> list[Image.Image]:
     """Pictures by a method's whole recipe, as `styleattn stylize` makes them: what has to be
@@ -59,6 +60,8 @@ def styled_pictures(
         backend: of the attention.
         folder: where pictures, inversions and settings are kept, and found again by a later call;
             None keeps nothing.
+        features: where StyleID and its like keep what they read of their references, for further
+            calls.
         progress: called with (stage, done, total); stages are "reference" and "pictures", in steps.
 
     Raises:
@@ -79,6 +82,7 @@ def styled_pictures(
         batch_size=batch_size,
         backend=backend,
         control_scale=control_scale,
+        features=None if features is None else str(features),
     )
     with TemporaryDirectory() as passing:
         out = Path(passing if folder is None else folder)

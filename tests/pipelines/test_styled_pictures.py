@@ -113,3 +113,31 @@ def test_nothing_that_is_given_is_left_out(place):
         given = {"reference": picture, "sampling": sampling, **more}
         with pytest.raises(error, match=words):
             styled_pictures(pipe, method, "a cat", **given)
+
+
+def test_features_are_kept_for_further_calls(place, tmp_path, hosts):
+    pipe = hosts.sd(scheduler=hosts.ddim(steps_offset=1))
+    given = {
+        "reference": place / "1.png",
+        "content": place / "0.png",
+        "sampling": Sampling(4, 1.0, height=16, width=16),
+        "features": tmp_path,
+    }
+    first = styled_pictures(pipe, StyleID(), **given)
+    kept = sorted(file.name for file in tmp_path.rglob("*") if file.is_file())
+    again = styled_pictures(pipe, StyleID(), **given)
+    assert kept == sorted(file.name for file in tmp_path.rglob("*") if file.is_file()) != []
+    assert first[0].tobytes() == again[0].tobytes()
+    with pytest.raises(ValueError, match="keeps no features on UNets"):
+        styled_pictures(pipe, StyleAligned(), "a cat", reference=place / "1.png", features=tmp_path)
+
+
+def test_scales_of_a_controlnet_have_a_meaning(place, hosts):
+    pipe = hosts.sd()
+    pipe.controlnet = object()
+    for scale in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="control_scale must be finite and >= 0"):
+            styled_pictures(
+                pipe, StyleID(), reference=place / "1.png", content=place / "0.png",
+                control_scale=scale,
+            )  # fmt: skip
