@@ -1,5 +1,5 @@
 """Exact gradients of the operation for every backend: the probabilities recomputed from the saved
-LSE, a block of queries at a time.
+LSE and brought to a sum of one, a block of queries at a time.
 
 With P = exp(logit - lse), o = P V', G = w dO and D = <G, o> - dlse:
     dV' = P^T G        dlogit = P * (G V'^T - D)        dQ' = alpha sigma dlogit K'        dK' =
@@ -190,6 +190,18 @@ class _SegmentGrad:
             grads[(g, i, "key_bias", None)] = grad
 
 
+def _normalise(branch: Branch, probabilities: list[Tensor], lse: Tensor) -> None:
+    """Make the probabilities of all segments [B, H, l, S], with those of null keys, add up to 1, in
+    place: a backend that rounds its queries has the log-sum-exp of other logits."""
+    nulls = sum(s.null_keys for s in branch.segments)
+    total = torch.zeros_like(lse) if not nulls else nulls * torch.exp(-lse)
+    for p in probabilities:
+        total = total + p.sum(-1)
+    share = torch.where(total == 0.0, 0.0, 1.0 / total).unsqueeze(-1)
+    for p in probabilities:
+        p *= share
+
+
 def _branch_gradients(
     g: int,
     branch: Branch,
@@ -226,6 +238,7 @@ def _branch_gradients(
         w = weight[:, :, block] if isinstance(weight, Tensor) and weight.shape[2] > 1 else weight
         upstream = w * dout
         parts = [s.probabilities(qb, block, lse[:, :, block]) for s in segments]
+        _normalise(branch, [p for p, _ in parts], lse[:, :, block])
         out = sum(p @ s.v.value for s, (p, _) in zip(segments, parts, strict=True))
         weight_grad[:, block] = (dout * out).sum((1, 3))
         delta = (upstream * out).sum(-1) - grad_lse[:, :, block]
