@@ -277,8 +277,8 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         grad_out, grad_lse, query, tensors, layout, numbers, softmax_scale, lse, needed
     )
     found = [g if need else None for g, need in zip(grads, needed, strict=True)]
-    layout_grad, numbers_grad = None, (None if numbers else [])  # an empty list is one of tensors
-    return found[0], found[1:], layout_grad, numbers_grad, *(None for _ in range(5))
+    no_numbers: list[Tensor] = []  # to autograd an empty list is one of tensors
+    return found[0], found[1:], None, None if numbers else no_numbers, *(None for _ in range(5))
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)

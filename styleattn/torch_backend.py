@@ -50,6 +50,8 @@ def _library_attention(
 ) -> tuple[Tensor, Tensor]:
     """One library call on [B, H, L, D]: output, and natural-log LSE [B, H, L] in fp32. `bias` is [B
     or 1, 1, 1, S]."""
+    if scale < 0.0:  # kernels that scale the largest product take it for the largest logit
+        q, scale = -q, -scale
     if q.device.type == "cpu":
         short = _SHORTEST - k.shape[2]
         if short > 0:  # the library drops NaN of queries and keys where there are fewer keys
@@ -60,6 +62,8 @@ def _library_attention(
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=bias, scale=scale
         )
+        if bool((lse == math.inf).any()):  # in half precision the library gives zeros there
+            out = out.masked_fill((lse == math.inf).unsqueeze(-1), math.nan)
         return out, lse
     if bias is None and q.dtype != torch.float32 and q.shape[-1] % 8 == 0:
         out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)

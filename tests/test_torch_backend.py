@@ -1,10 +1,12 @@
-"""The torch backend's own business: large calls on the CPU go through a few heads at a time."""
+"""The torch backend's own business: large calls in parts, and what the library does not do."""
+
+import math
 
 import pytest
 import torch
 
-from styleattn import torch_backend
-from styleattn.branch import normalize
+from styleattn import reference, torch_backend
+from styleattn.branch import Branch, Segment, normalize
 from styleattn.testing import BranchSpec, CallSpec, SegmentSpec
 
 EVERYTHING = (
@@ -36,3 +38,39 @@ def test_a_few_heads_at_a_time_change_nothing(dtype, monkeypatch):
     assert parts == [1] * 5
     assert torch.equal(out, whole[0]) and out.stride() == whole[0].stride()
     assert torch.equal(lse, whole[1])
+
+
+def plain(dtype):
+    g = torch.Generator().manual_seed(0)
+    return (torch.randn(1, 1, n, 16, generator=g).to(dtype) for n in (9, 40, 40))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_infinite_logits_are_not_zeros(dtype):
+    """The library's half-precision kernels answer a logit of +inf with an output of 0."""
+    query, key, value = plain(dtype)
+    key[0, 0, 31, 2] = math.inf
+    call, scale = normalize("test", query, (Branch((Segment(key, value),)),), None)
+    out, lse = torch_backend.attention_forward(query, call, scale)
+    want, _ = reference.attention_forward(query, call, scale)
+    assert want.isnan().any() and torch.equal(out.isnan(), want.isnan())
+    assert not lse.isfinite()[out.isnan().any(-1)[None]].any()
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_the_library_never_sees_a_negative_scale(sign, monkeypatch):
+    """On GPUs it takes the largest product for that with the largest logit."""
+    query, key, value = plain(torch.float32)
+    library, scales = torch_backend._aten._scaled_dot_product_flash_attention_for_cpu, []
+
+    class Watched:
+        def _scaled_dot_product_flash_attention_for_cpu(self, *args, scale, **options):
+            scales.append(scale)
+            return library(*args, scale=scale, **options)
+
+    monkeypatch.setattr(torch_backend, "_aten", Watched())
+    segment = Segment(key, value, logit_scale=sign)
+    call, scale = normalize("test", query, (Branch((segment,)),), -0.5)
+    out, _ = torch_backend.attention_forward(query, call, scale)
+    assert scales == [0.5]
+    assert torch.allclose(out, reference.attention_forward(query, call, scale)[0], atol=1e-5)
