@@ -24,7 +24,7 @@ from styleattn.branch import Branch, Segment
 
 NEG_INF = float("-inf")
 HALF = (torch.float16, torch.bfloat16)
-_ROOM = 32.0  # folded fp16 queries are divided by it, lest they overflow
+_PEAK = 16384.0  # the folded fp16 queries of a row are divided, lest they are larger
 _LIFT = 1024.0  # lost parts of keys are multiplied by it, lest they underflow in fp16
 
 Forward = Callable[[Tensor, tuple[Branch, ...], float], tuple[Tensor, Tensor]]
@@ -96,19 +96,21 @@ def _segment(forward: Forward, q: Tensor, s: Segment, dtype: torch.dtype, scale:
     if s.key_affine is not None:
         shift = scale * torch.einsum("bhld,bhd->bhl", q, s.key_affine.shift)
         q = q * s.key_affine.scale[:, :, None]
-    room = _ROOM if dtype == torch.float16 else 1.0
+    room = _room(q) if dtype == torch.float16 else None
     near = torch.empty(q.transpose(1, 2).shape, dtype=dtype, device=q.device).transpose(1, 2)
-    near.copy_(q / room)
-    far = q - near.float() * room
+    near.copy_(q if room is None else q / room[:, None, None, None])
+    back = near.float() if room is None else near.float() * room[:, None, None, None]
     plain = Segment(s.key, s.key, rows=s.rows, key_bias=s.key_bias)
     lost = None
     if s.own_key is not None:
         plain, lost = _blended(s, s.own_key)
-    mean, lse = forward(near, (Branch((plain,)),), scale * room)
-    more = torch.einsum("bhld,bhld->bhl", far, mean.float())
+    if room is not None:
+        plain = replace(plain, logit_scale=room)
+    mean, lse = forward(near, (Branch((plain,)),), scale)
+    more = torch.einsum("bhld,bhld->bhl", q - back, mean.float())
     if lost is not None:
-        mean, _ = forward(near, (Branch((replace(plain, value=lost),)),), scale * room)
-        more = more + torch.einsum("bhld,bhld->bhl", near.float(), mean.float()) * (room / _LIFT)
+        mean, _ = forward(near, (Branch((replace(plain, value=lost),)),), scale)
+        more = more + torch.einsum("bhld,bhld->bhl", back, mean.float()) / _LIFT
     more = scale * more
     lse = lse[0] + torch.where(torch.isfinite(more), more, 0.0) + shift
     bias = s.logit_bias
@@ -120,6 +122,13 @@ def _segment(forward: Forward, q: Tensor, s: Segment, dtype: torch.dtype, scale:
     if s.rows is not None:
         lse = torch.where((s.rows.to(lse.device) < 0)[:, None, None], NEG_INF, lse)
     return lse
+
+
+def _room(q: Tensor) -> Tensor:
+    """[B]: the powers of two that bring the queries of a row into the range of fp16; 1 where they
+    are. Found without waiting for the device."""
+    peak = q.abs().nan_to_num(0.0, 0.0).amax((1, 2, 3))
+    return torch.exp2(torch.ceil(torch.log2(torch.clamp(peak / _PEAK, min=1.0))))
 
 
 def _blended(s: Segment, own: Tensor) -> tuple[Segment, Tensor]:

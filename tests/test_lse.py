@@ -1,11 +1,13 @@
 """The log-sum-exp in half precision: within 1e-3 of fp64, though folded queries are rounded."""
 
+import math
+
 import pytest
 import torch
 
 import styleattn
 from styleattn import _ops
-from styleattn.branch import Branch, Segment
+from styleattn.branch import Affine, Branch, Segment
 from styleattn.testing import features, largest_difference
 
 RUNS = [
@@ -60,6 +62,27 @@ def test_within_a_thousandth(backend, dtype, call):
     _, want = call(q, k, v, more, "reference")
     assert torch.equal(lse == float("-inf"), want == float("-inf"))
     assert largest_difference(lse, want) <= 1e-3
+
+
+@pytest.mark.parametrize("backend", [name for name, dtype in RUNS if dtype == torch.float16])
+@pytest.mark.parametrize("size", [1e-6, 3e5])
+def test_folds_far_from_one(backend, size):
+    """Folded queries beyond what fp16 holds, and below it; one row holds a NaN besides."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (features(g, (2, 2, 17, 16), torch.float16, means=0.1) for _ in range(3))
+    q, k = (30 * q, k) if size > 1 else (q, 100 * k)
+    affine = Affine(torch.full((2, 2, 16), size), torch.zeros(2, 2, 16))
+    alpha = 1e-6 if size > 1 else 1e4
+    q[0, 1, 3] = math.nan
+    branch = Branch((Segment(k, v, key_affine=affine, logit_scale=alpha),))
+    _, lse = styleattn.attention(q, [branch], return_lse=True, backend=backend)
+    wide = Branch((Segment(k.double(), v.double(), key_affine=affine, logit_scale=alpha),))
+    _, want = styleattn.attention(q.double(), [wide], return_lse=True, backend="reference")
+    assert torch.equal(lse.isnan(), want.isnan())
+    seen = ~want.isnan()
+    assert largest_difference(lse[seen], want[seen]) <= 1e-3 * max(
+        1.0, float(want[seen].abs().max())
+    )
 
 
 def test_what_rounding_takes_is_more_than_a_thousandth(monkeypatch):
