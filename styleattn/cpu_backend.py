@@ -64,9 +64,9 @@ def unsupported_reasons(query: Tensor, branches: tuple[Branch, ...]) -> list[str
     if _load():
         reasons.append(_load())
     if query.device.type != "cpu":
-        reasons.append(f"cpu: query is on {query.device}")
+        reasons.append(f"query is on {query.device}")
     if query.dtype not in _DTYPES:
-        reasons.append(f"cpu: takes float32, float16 and bfloat16, query is {query.dtype}")
+        reasons.append(f"takes float32, float16 and bfloat16, query is {query.dtype}")
     return reasons
 
 

@@ -131,11 +131,12 @@ def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Te
         raise invalid("merge", reasons, inputs)
     dtype = torch.float64 if outputs[0].dtype == torch.float64 else torch.float32
     stacked = torch.stack([lse.to(dtype) for lse in lses])
+    dead = (stacked == float("-inf")).all(0)
+    stacked = torch.where(dead, 0.0, stacked)  # -inf less -inf has no gradient
     lse = torch.logsumexp(stacked, 0)
-    dead = lse == float("-inf")
-    shares = torch.exp(stacked - torch.where(dead, 0.0, lse))
+    shares = torch.where(dead, 0.0, torch.exp(stacked - lse))
     total = torch.zeros((), dtype=dtype, device=lse.device)
     for o, share in zip(outputs, shares, strict=True):
         share = share.unsqueeze(-1)
-        total = total + torch.where(share == 0, 0.0, o.to(dtype) * share)
-    return total.to(outputs[0].dtype), lse
+        total = total + share * o.to(dtype).masked_fill(share == 0, 0.0)
+    return total.to(outputs[0].dtype), torch.where(dead, float("-inf"), lse)

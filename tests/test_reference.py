@@ -125,6 +125,22 @@ def test_merge_is_exact():
     torch.testing.assert_close(out, whole, rtol=1e-12, atol=1e-12)
 
 
+def test_merge_has_gradients_where_parts_saw_no_key():
+    lses = [torch.tensor([[-math.inf, 1.0, -math.inf]]), torch.tensor([[-math.inf, 2.0, 0.5]])]
+    outputs = [torch.rand(1, 3, 4, dtype=torch.float64) for _ in range(2)]
+    outputs[0][0, ::2] = math.nan  # what saw no key may hold anything
+    leaves = [x.double().requires_grad_() for x in (*outputs, *lses)]
+    out, lse = styleattn.merge(leaves[:2], leaves[2:])
+    seen = (lse > -math.inf).squeeze(0)
+    assert seen.tolist() == [False, True, True] and not out[0, 0].any()
+    grads = torch.autograd.grad((out.square().sum() + lse[:, seen].sum()), leaves)
+    assert all(x.isfinite().all() and not x[0, 0].any() for x in grads)
+    alone = [x.detach()[:, 1:2].requires_grad_() for x in leaves]
+    out, lse = styleattn.merge(alone[:2], alone[2:])
+    want = torch.autograd.grad(out.square().sum() + lse.sum(), alone)
+    assert all(torch.allclose(x[:, 1:2], y) for x, y in zip(grads, want, strict=True))
+
+
 def branch(k, v, **options):
     return styleattn.Branch((styleattn.Segment(k, v, **options),))
 
