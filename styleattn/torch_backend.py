@@ -97,7 +97,7 @@ def _effective_query(query: Tensor, branch: Branch) -> Tensor:
 
 
 def _fold(
-    q: Tensor, s: Segment, dtype: torch.dtype, scale: float
+    q: Tensor, s: Segment, keys: Segment, gone: Tensor | None, dtype: torch.dtype, scale: float
 ) -> tuple[Tensor, Tensor | None, float]:
     """Fold alpha and the key affine into the query.
 
@@ -126,7 +126,7 @@ def _fold(
     if affine is not None:
         term = torch.einsum("bhld,bhd->bhl", scaled, affine.shift)
     if dtype != torch.float32:
-        rest = torch.einsum("bhld,bhd->bhl", exact - folded.float(), _center(s, len(q)))
+        rest = torch.einsum("bhld,bhd->bhl", exact - folded.float(), _center(s, keys, gone, len(q)))
         term = rest if term is None else term + rest
     return folded, None if term is None else term * scale, scale
 
@@ -140,15 +140,16 @@ def _room(x: Tensor) -> float:
     return 2.0 ** max(0, math.ceil(math.log2(peak / _PEAK))) if peak > _PEAK else 1.0
 
 
-def _center(s: Segment, batch: int) -> Tensor:
-    """The channel means [B, H, D] of the keys that serve each row: as given, else measured."""
+def _center(s: Segment, keys: Segment, gone: Tensor | None, batch: int) -> Tensor:
+    """The channel means [B, H, D] of the keys that serve each row: as given, else measured, without
+    the keys [R or 1, 1, S, 1] that are `gone` (and zeros)."""
     if s.key_affine is not None and s.key_affine.center is not None:
         return s.key_affine.center
-    source = s.key if s.own_key is None else s.own_key
-    rows = s.rows if s.own_key is None else None
-    mean = source.mean(2, dtype=torch.float32)
-    if rows is not None:
-        mean = mean.index_select(0, rows.to(mean.device).clamp(min=0))
+    mean = keys.key.mean(2, dtype=torch.float32)
+    if gone is not None:
+        mean = mean / (~gone).float().mean(2).clamp(min=1e-9)
+    if keys.rows is not None:
+        mean = mean.index_select(0, keys.rows.to(mean.device).clamp(min=0))
     return mean.nan_to_num(0.0, 0.0, 0.0).expand(batch, -1, -1)
 
 
@@ -236,8 +237,7 @@ def _segment(q: Tensor, s: Segment, dtype: torch.dtype, scale: float) -> tuple[T
         return q.new_zeros(q.shape, dtype=dtype), q.new_full(
             q.shape[:-1], NEG_INF, dtype=torch.float32
         )
-    folded, term, scale = _fold(q, s, dtype, scale)
-    bias = None
+    bias = gone = live = None
     if s.key_bias is not None:
         bias = (s.key_bias if s.key_bias.ndim == 2 else s.key_bias[None])[:, None, None]
     if s.own_key is not None and s.own_value is not None:
@@ -246,7 +246,6 @@ def _segment(q: Tensor, s: Segment, dtype: torch.dtype, scale: float) -> tuple[T
             bias = bias.index_select(0, rows.to(bias.device).clamp(min=0))
         identity = torch.arange(q.shape[0])
         rows = None if rows is None else torch.where(rows.cpu() < 0, -1, identity)
-    live = None
     if bias is not None:  # a fully masked row has no softmax: let it see its keys, then drop it
         gone = (bias == NEG_INF).transpose(-1, -2)
         key, value = key.masked_fill(gone, 0.0), value.masked_fill(gone, 0.0)
@@ -254,6 +253,7 @@ def _segment(q: Tensor, s: Segment, dtype: torch.dtype, scale: float) -> tuple[T
         bias = torch.where(dead, 0.0, bias)
         live = ~dead[:, 0, :, 0]
     mapped = Segment(key, value, rows=rows)
+    folded, term, scale = _fold(q, s, mapped, gone, dtype, scale)
     out, lse = _mapped(folded, key, value, mapped, bias, scale)
     if live is not None:
         if live.shape[0] > 1 and rows is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from styleattn import reference, torch_backend
-from styleattn.branch import Branch, Segment, normalize
+from styleattn.branch import Affine, Branch, Segment, normalize
 from styleattn.testing import BranchSpec, CallSpec, SegmentSpec
 
 EVERYTHING = (
@@ -74,3 +74,26 @@ def test_the_library_never_sees_a_negative_scale(sign, monkeypatch):
     out, _ = torch_backend.attention_forward(query, call, scale)
     assert scales == [0.5]
     assert torch.allclose(out, reference.attention_forward(query, call, scale)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("blended", [False, True])
+def test_masked_keys_have_no_part_in_the_center_of_a_fold(blended, dtype):
+    """What rounding takes from a folded query is given back by the mean of the keys that count."""
+    g = torch.Generator().manual_seed(0)
+    query, key, other = (torch.randn(2, 1, n, 16, generator=g).to(dtype) for n in (9, 40, 40))
+    key, other = key + 3, other - 3
+    mask = torch.zeros(2, 40)
+    mask[:, 25:] = float("-inf")
+    fold = Affine(0.5 + torch.rand(2, 1, 16, generator=g), torch.randn(2, 1, 16, generator=g))
+
+    def run(hidden):
+        hiding = torch.where((mask == 0)[:, None, :, None], key, hidden).to(dtype)
+        own = {"own_key": hiding, "own_value": key, "kv_blend": 0.5} if blended else {}
+        segments = (Segment(hiding, key, key_bias=mask, **own), Segment(other, other))
+        call = normalize("test", query, (Branch(segments, query_affine=fold),), None)
+        return torch_backend.attention_forward(query, *call)
+
+    for hidden in (1e4, math.nan):
+        for found, right in zip(run(hidden), run(0.0), strict=True):
+            assert torch.equal(found, right)
