@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from styleattn.branch import check_query
-from styleattn.errors import describe, invalid
+from styleattn.branch import query_reasons
+from styleattn.errors import describe
 
 Number = float | Tensor
 PRECISIONS = ("exact", "fast")
@@ -20,59 +21,46 @@ def check_precision(call: str, precision: object) -> None:
         raise ValueError(f"{call}: precision must be 'exact' or 'fast', got {precision!r}")
 
 
-def row_map(call: str, name: str, rows: object, query: Tensor, available: int) -> Tensor:
-    """A row map as an int tensor [B], with every entry in -1..available-1 where it can be read
-    without a device sync."""
-    rows = as_rows(rows)
-    reasons = []
+def reference_reasons(rows: object, query: Tensor) -> list[str]:
+    """Why a map of reference rows (see `as_rows`) has no meaning: int [B], with every entry in
+    -1..B-1 where it can be read without a device sync, and references their own references."""
+    batch = query.shape[0]
     if not isinstance(rows, Tensor) or rows.shape != query.shape[:1]:
-        reasons.append(f"{name} must be int [{query.shape[0]}], got {describe(rows)}")
-    elif rows.dtype not in (torch.int32, torch.int64):
-        reasons.append(f"{name} must be int32 or int64, got {rows.dtype}")
-    elif rows.device.type == "cpu" and not torch.compiler.is_compiling():
-        values = rows.tolist()
-        bad = [r for r in values if not -1 <= r < available]
-        chained = (
-            [r for r in values if 0 <= r < available and values[r] != r]
-            if name == "reference_rows" and not bad
-            else []
-        )
-        if bad:
-            reasons.append(f"{name} has {bad}, rows are 0..{available - 1} (-1: none)")
-        if chained:
-            reasons.append(
-                f"{name} has {sorted(set(chained))}, which are no references: "
-                "a reference's reference is itself"
-            )
-    if reasons:
-        raise invalid(call, reasons, f"query {describe(query)}")
-    assert isinstance(rows, Tensor)
-    return rows
+        return [f"reference_rows must be int [{batch}], got {describe(rows)}"]
+    if rows.dtype not in (torch.int32, torch.int64):
+        return [f"reference_rows must be int32 or int64, got {rows.dtype}"]
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return []
+    values = rows.tolist()
+    bad = [r for r in values if not -1 <= r < batch]
+    if bad:
+        return [f"reference_rows has {bad}, rows are 0..{batch - 1} (-1: none)"]
+    chained = {r for r in values if r >= 0 and values[r] != r}
+    if chained:
+        return [
+            f"reference_rows has {sorted(chained)}, which are no references: "
+            "a reference's reference is itself"
+        ]
+    return []
 
 
 def as_rows(rows: Any) -> Any:
     """A sequence of ints as a tensor; anything else as it is, to be refused with its name."""
-    whole = isinstance(rows, (list, tuple)) and all(isinstance(r, int) for r in rows)
+    whole = isinstance(rows, (list, tuple)) and all(type(r) is int for r in rows)
     return torch.tensor(rows, dtype=torch.int64) if whole else rows
 
 
-def per_row(call: str, query: Tensor, **numbers: object) -> None:
-    """Refuse tensors that are neither scalars nor [B]."""
-    reasons = [
-        f"{name} must be a scalar or [{query.shape[0]}], got {list(x.shape)}"
-        for name, x in numbers.items()
-        if isinstance(x, Tensor) and tuple(x.shape) not in ((), (query.shape[0],))
-    ]
-    if reasons:
-        raise invalid(call, reasons, f"query {describe(query)}")
-
-
-def check_like_query(call: str, query: Tensor, **others: object) -> None:
+def like_reasons(query: Tensor, **others: object) -> list[str]:
+    """Why tensors are no keys and values of a self-attention."""
+    reasons = []
     for name, x in others.items():
         if not isinstance(x, Tensor) or x.shape != query.shape:
-            reason = f"{name} must be like query {list(query.shape)}, got {describe(x)}"
-            raise invalid(call, [reason], describe(query))
-        check_query(call, x, name)
+            reasons.append(f"{name} must be like query {list(query.shape)}, got {describe(x)}")
+            continue
+        reasons += query_reasons(x, name)
+        if x.dtype != query.dtype or x.device != query.device:
+            reasons.append(f"{name} is {describe(x)}, query is {describe(query)}")
+    return reasons
 
 
 def mask_reasons(n: int, mask: object, query: Tensor) -> list[str]:
@@ -89,14 +77,18 @@ def mask_reasons(n: int, mask: object, query: Tensor) -> list[str]:
     return []
 
 
-def number_reasons(name: str, x: object, query: Tensor) -> list[str]:
-    """Why a weight has no meaning."""
+def number_reasons(name: str, x: object, query: Tensor, *, per_query: bool = False) -> list[str]:
+    """Why a number is none: neither a scalar nor [B], nor [B, L] where that is allowed."""
     batch, _, length, _ = query.shape
     if isinstance(x, Tensor):
-        if tuple(x.shape) in ((), (batch,), (batch, length)):
+        shapes = ((), (batch,), (batch, length)) if per_query else ((), (batch,))
+        if tuple(x.shape) in shapes:
             return []
-        return [f"{name} must be a scalar, [{batch}] or [{batch}, {length}], got {list(x.shape)}"]
-    if isinstance(x, (int, float)) and not isinstance(x, bool):
+        want = (
+            f"a scalar, [{batch}] or [{batch}, {length}]" if per_query else f"a scalar or [{batch}]"
+        )
+        return [f"{name} must be {want}, got {list(x.shape)}"]
+    if isinstance(x, numbers.Real) and not isinstance(x, bool):
         return []
     return [f"{name} must be a number or a tensor, got a {type(x).__name__}"]
 

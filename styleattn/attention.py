@@ -12,18 +12,17 @@ from styleattn import _ops, backends
 from styleattn._checks import (
     Number,
     as_rows,
-    check_like_query,
     check_precision,
+    like_reasons,
     mask_reasons,
     masked,
     number_reasons,
-    per_row,
-    row_map,
+    reference_reasons,
 )
 from styleattn._maps import on_device
 from styleattn.branch import Affine, Branch, Segment, check_query, normalize
 from styleattn.errors import describe, invalid
-from styleattn.statistics import adain_to_rows, check_eps
+from styleattn.statistics import adain_to_rows, eps_reasons
 
 
 def attention(
@@ -145,13 +144,16 @@ def shared_attention(
         3 and sec. 3.2.
     """
     check_query("shared_attention", query)
-    rows = row_map("shared_attention", "reference_rows", reference_rows, query, query.shape[0])
+    rows = as_rows(reference_rows)
+    reasons = reference_reasons(rows, query) + like_reasons(query, key=key, value=value)
+    reasons += eps_reasons(eps)
+    reasons += number_reasons("score_scale", score_scale, query)
+    reasons += number_reasons("score_shift", score_shift, query)
+    if reasons:
+        raise invalid("shared_attention", reasons, f"query {describe(query)}")
     own = torch.arange(len(rows), dtype=rows.dtype, device=rows.device)
     plain = (rows == own) | (rows < 0)
     on = on_device(rows, query.device)
-    check_like_query("shared_attention", query, key=key, value=value)
-    check_eps("shared_attention", eps, query)
-    per_row("shared_attention", query, score_scale=score_scale, score_shift=score_shift)
 
     def adain(wanted: bool, x: Tensor) -> tuple[Affine | None, Tensor | None]:
         return adain_to_rows(x, on, eps=eps, backend=backend) if wanted else (None, None)
@@ -173,15 +175,8 @@ def shared_attention(
             logit_bias=score_shift,
         ),
     )
-    result = _run(
-        "shared_attention",
-        query,
-        (Branch(segments, query_affine=query_affine),),
-        softmax_scale,
-        return_lse,
-        backend,
-        precision,
-    )
+    call, branches = "shared_attention", (Branch(segments, query_affine=query_affine),)
+    result = _run(call, query, branches, softmax_scale, return_lse, backend, precision)
     if not return_lse:
         return result
     return result[0], _counted_twice(result[1], rows == own, score_shift)
@@ -314,7 +309,8 @@ def decoupled_attention(
     for n, mask in enumerate(per_mask):
         reasons += mask_reasons(n, mask, query)
     for n, (weight, mask) in enumerate(zip(per_prompt, per_mask, strict=False)):
-        reasons += [] if mask is None else number_reasons(f"weights[{n}]", weight, query)
+        if mask is not None:
+            reasons += number_reasons(f"weights[{n}]", weight, query, per_query=True)
     if reasons:
         raise invalid("decoupled_attention", reasons, f"query {describe(query)}")
     branches = [Branch((Segment(key, value, key_bias=key_bias),))]

@@ -210,6 +210,8 @@ class _Checker:
             if not self.tensor(f"{name}.{part}", t, shape):
                 continue
             assert isinstance(t, Tensor)
+            if not t.is_floating_point():
+                self.reasons.append(f"{name}.{part} must be floating point, got {t.dtype}")
             if t.device != self.query.device:
                 self.reasons.append(
                     f"{name}.{part} is on {t.device}, query is on {self.query.device}"
@@ -321,27 +323,28 @@ def _branch(check: _Checker, name: str, branch: object) -> Branch | None:
     )
 
 
-def check_query(call: str, query: object, name: str = "query") -> Tensor:
-    """A query (or what `name` says) of a call, or Invalid: [B, H, L, D], floating point, contiguous
-    last dim, nothing empty."""
-    reasons = []
+def query_reasons(query: object, name: str) -> list[str]:
+    """Why a query (or what `name` says) is none: [B, H, L, D], floating point, contiguous last dim,
+    nothing empty."""
     if not isinstance(query, Tensor):
-        reasons.append(f"{name} must be a tensor, got a {type(query).__name__}")
-    elif query.ndim != 4:
-        reasons.append(f"{name} must be [batch, heads, length, head_dim], got {list(query.shape)}")
-    else:
-        if query.dtype not in _DTYPES:
-            reasons.append(
-                f"{name} must be float32, float16, bfloat16 (or float64), got {query.dtype}"
-            )
-        if 0 in query.shape[1:]:
-            reasons.append(f"{name} is empty: {list(query.shape)}")
-        if query.shape[-1] > MAX_HEAD_DIM:
-            reasons.append(f"head_dim is {query.shape[-1]} (at most {MAX_HEAD_DIM})")
-        if query.stride(-1) != 1 and query.shape[-1] > 1:
-            reasons.append(
-                f"{name} needs a contiguous last dim, has strides {tuple(query.stride())}"
-            )
+        return [f"{name} must be a tensor, got a {type(query).__name__}"]
+    if query.ndim != 4:
+        return [f"{name} must be [batch, heads, length, head_dim], got {list(query.shape)}"]
+    reasons = []
+    if query.dtype not in _DTYPES:
+        reasons.append(f"{name} must be float32, float16, bfloat16 (or float64), got {query.dtype}")
+    if 0 in query.shape[1:]:
+        reasons.append(f"{name} is empty: {list(query.shape)}")
+    if query.shape[-1] > MAX_HEAD_DIM:
+        reasons.append(f"head_dim is {query.shape[-1]} (at most {MAX_HEAD_DIM})")
+    if query.stride(-1) != 1 and query.shape[-1] > 1:
+        reasons.append(f"{name} needs a contiguous last dim, has strides {tuple(query.stride())}")
+    return reasons
+
+
+def check_query(call: str, query: object, name: str = "query") -> Tensor:
+    """A query (or what `name` says) of a call, or Invalid."""
+    reasons = query_reasons(query, name)
     if reasons:
         raise invalid(call, reasons, f"{name} {describe(query)}")
     assert isinstance(query, Tensor)

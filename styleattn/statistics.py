@@ -39,11 +39,18 @@ def token_stats(x: Tensor, *, eps: float = 1e-5, backend: str | None = None) -> 
     return TokenStats(*_ops.token_stats(x, float(eps), backend))
 
 
+def eps_reasons(eps: object) -> list[str]:
+    """Why an eps is not a positive finite number."""
+    number = isinstance(eps, (int, float)) and not isinstance(eps, bool)
+    positive = number and 0 < eps < float("inf")  # type: ignore[operator]
+    return [] if positive else [f"eps must be a positive number, got {eps!r}"]
+
+
 def check_eps(call: str, eps: object, x: Tensor) -> None:
     """Refuse an eps that is not a positive finite number."""
-    number = isinstance(eps, (int, float)) and not isinstance(eps, bool)
-    if not number or not 0 < eps < float("inf"):  # type: ignore[operator]
-        raise invalid(call, [f"eps must be a positive number, got {eps!r}"], f"x {describe(x)}")
+    reasons = eps_reasons(eps)
+    if reasons:
+        raise invalid(call, reasons, f"x {describe(x)}")
 
 
 def adain_affine(own: TokenStats, reference: TokenStats) -> Affine:

@@ -67,6 +67,7 @@ CALLS = {
     "null keys float": (Q, segment(null_keys=1.5), "null_keys must be a non-negative int, got 1.5"),
     "affine type": (Q, segment(key_affine=(SMALL, SMALL)), "key_affine must be an Affine, got a tuple"),
     "affine shape": (Q, segment(value_affine=Affine(SMALL, SMALL[:1])), "value_affine.shift must be [2"),
+    "affine complex": (Q, segment(key_affine=Affine(SMALL.cfloat(), SMALL)), "key_affine.scale must be floating"),
     "affine device": (Q, segment(key_affine=Affine(SMALL, SMALL.to("meta"))), "key_affine.shift is on meta"),
     "own key alone": (Q, segment(own_key=K), "needs own_key and own_value together"),
     "blend alone": (Q, segment(kv_blend=0.5), "kv_blend needs own_key and own_value"),
@@ -96,6 +97,23 @@ def test_every_reason_at_once():
     assert all(reason in str(error.value) for reason in error.value.reasons)
 
 
+def test_every_reason_of_shared_attention_at_once():
+    with pytest.raises(Invalid) as error:
+        styleattn.shared_attention(
+            Q,
+            K,
+            Q.half(),
+            reference_rows=[0, 5],
+            eps=0,
+            score_scale="a",
+            score_shift=torch.zeros(3),
+        )
+    message = str(error.value)
+    assert len(error.value.reasons) == 6 and all(r in message for r in error.value.reasons)
+    for name in ("key", "value", "reference_rows", "eps", "score_scale", "score_shift"):
+        assert name in message
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
@@ -113,6 +131,8 @@ def test_every_reason_at_once():
         (lambda: styleattn.decoupled_attention(Q, K, K, [K], weights=1.0), "image_prompts[0] must be a pair"),
         (lambda: styleattn.decoupled_attention(Q, K, K, [(K, K)], weights=1.0, masks=[torch.ones(S)]), "masks[0] must be [5]"),
         (lambda: styleattn.token_stats(Q[0]), "x must be [batch, heads"),
+        (lambda: styleattn.shared_attention(Q, Q, Q, reference_rows=[False, True]), "must be int [2], got a list"),
+        (lambda: styleattn.injected_attention(Q, K, K, gamma=torch.ones(B, L)), "gamma must be a scalar or [2], got [2, 5]"),
         (lambda: styleattn.shared_attention(Q, Q, Q, reference_rows=["a", "b"]), "must be int [2], got a list"),
         (lambda: styleattn.shared_attention(Q, Q, Q, reference_rows=[0, 0], score_shift=torch.zeros(B, L)), "score_shift must be a scalar or [2]"),
         (lambda: styleattn.shared_attention(Q, Q, Q, reference_rows=[0, 0], eps=-1, adain_queries=False, adain_keys=False), "eps must be"),
@@ -171,6 +191,9 @@ def test_forward_mode_is_refused():
 def test_numpy_numbers_are_numbers():
     half = styleattn.attention(Q, branch(weight=np.float32(0.5)))
     assert torch.equal(half, styleattn.attention(Q, branch(weight=0.5)))
+    shared = {"reference_rows": [0, 0]}
+    shifted = styleattn.shared_attention(Q, Q, Q, score_shift=np.float32(0.5), **shared)
+    assert torch.equal(shifted, styleattn.shared_attention(Q, Q, Q, score_shift=0.5, **shared))
 
 
 def test_dataclasses_compare_by_identity():
