@@ -88,9 +88,9 @@ def number_reasons(name: str, x: object, query: Tensor, *, per_query: bool = Fal
             f"a scalar, [{batch}] or [{batch}, {length}]" if per_query else f"a scalar or [{batch}]"
         )
         return [f"{name} must be {want}, got {list(x.shape)}"]
-    if isinstance(x, numbers.Real) and not isinstance(x, bool):
-        return []
-    return [f"{name} must be a number or a tensor, got a {type(x).__name__}"]
+    if isinstance(x, bool) or not isinstance(x, (int, float, numbers.Real)):
+        return [f"{name} must be a number or a tensor, got a {type(x).__name__}"]
+    return []
 
 
 def masked(weight: Number, mask: Tensor | None, batch: int, length: int) -> Number:
