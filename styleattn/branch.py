@@ -53,8 +53,9 @@ class Segment:
     """One run of keys and values. The segments of a branch share one softmax.
 
     What is removed contributes nothing, whatever it holds (NaN too): a segment by rows = -1 or by a
-    bias of -inf for the row, a key by a key bias of -inf. Numbers that change from call to call
-    belong in tensors: to a compiler a Python number is a constant.
+    bias of -inf for the row, a key by a key bias of -inf. A bias of -inf for some queries of a row
+    removes what is finite. Numbers that change from call to call belong in tensors: to a compiler a
+    Python number is a constant.
 
     Args:
         key, value: [R, H, S, D].
