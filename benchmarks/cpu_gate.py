@@ -24,23 +24,29 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "cpu.md"
 START, END = "<!-- table: benchmarks/cpu_gate.py -->", "<!-- end -->"
 ISAS = {"avx2": ("DotSingle", 8, 1), "avx512": ("DotSingle", 16, 1)}
-ISAS["avx512_bf16"] = ("DotBf16", 16, 2)
+ISAS["avx512_bf16"], ISAS["amx_bf16"] = ("DotBf16", 16, 2), ("DotTiles", 16, 2)
 """Per instruction set: its dot product, lanes of a vector, elements of a pair."""
+TILE, TILE_PRODUCT, TILE_LOAD = 16, 16, 8
+"""AMX: rows, columns and pairs of a tile; cycles of a product on Sapphire Rapids, by Intel's
+manual, and of a load, two cache lines a cycle. llvm-mca has no numbers for them."""
 MODEL = "icelake-server"
 """llvm-mca's: two ports for products of any width, as in Zen 5 and the larger Intel cores. Its own
 models of Zen give every product two turns of a port, which no Zen does."""
-LIMITS = {"avx2": (24, 20), "avx512": (38, 16), "avx512_bf16": (38, 16)}
+LIMITS = {"avx2": (24, 20), "avx512": (38, 16), "avx512_bf16": (38, 16), "amx_bf16": (13, 16)}
 """Per instruction set: instructions of the widest micro-tile's loop, of the softmax per vector."""
 TOLERANCE = 1.1  # between compilers
 ROWS = {"avx2": {1: {6, 12}, 2: {6}}}
 ROWS["avx512"] = ROWS["avx512_bf16"] = {1: {6, 12}, 2: {6, 12}, 3: {6}, 4: {6}}
-"""The tiles there must be: rows for each number of vectors."""
+ROWS["amx_bf16"] = {1: {1}, 2: {1}, 3: {1}}
+"""The tiles there must be: rows for each number of vectors; with AMX, products for each of the
+blocks of 16 rows."""
 HEAD_DIMS = (40, 64, 80, 128, 160)
 BLOCK_KEYS = 128
 COMPILE = ("-std=c++17", "-O3", "-fno-math-errno", "-w", "-c")
 _PANEL = re.compile(r"styleattn::(\w+)::panel_rows<styleattn::\w+::(\w+), (\d+)>")
+_BLOCKS = re.compile(r"styleattn::amx_bf16::amx_panel<(\d)>")
 _SOFTMAX = re.compile(r"styleattn::(\w+)::Tile<styleattn::\w+::(\w+)>::attend")
-_DOTS = ("vfmadd", "vdpbf16ps")
+_DOTS = ("vfmadd", "vdpbf16ps", "tdpbf16ps")
 
 Code = list[tuple[int, str]]
 
@@ -62,6 +68,11 @@ class Loop:
         return self.count(*_DOTS)
 
     @property
+    def tiles(self) -> int:
+        """Loads of AMX tiles."""
+        return self.count("tileload")
+
+    @property
     def spills(self) -> int:
         """Instructions that touch the stack."""
         return sum("(%rsp" in line or "(%rbp" in line for line in self.text)
@@ -69,7 +80,8 @@ class Loop:
 
 @dataclass(frozen=True)
 class Micro:
-    """The inner loop of a micro-tile of `vectors` vectors: per turn `dots` products."""
+    """The inner loop of a micro-tile of `vectors` vectors (AMX: blocks of rows): per turn `dots`
+    products."""
 
     isa: str
     dot: str
@@ -133,13 +145,16 @@ def innermost_loops(name: str, code: Code) -> Iterator[Loop]:
 def loops(binary: Path) -> list[Loop]:
     """The innermost loops of a binary that hold vector products."""
     every = (innermost_loops(name, code) for name, code in functions(binary).items())
-    return [loop for some in every for loop in some if loop.dots >= 4]
+    return [loop for some in every for loop in some if loop.dots >= (1 if loop.tiles else 4)]
 
 
 def micro_tiles(found: list[Loop]) -> list[Micro]:
     """The micro-tiles among loops."""
     named = [(_PANEL.search(loop.function), loop) for loop in found]
-    return [Micro(m[1], m[2], int(m[3]), loop) for m, loop in named if m]
+    blocks = [(_BLOCKS.search(loop.function), loop) for loop in found]
+    return [Micro(m[1], m[2], int(m[3]), loop) for m, loop in named if m] + [
+        Micro("amx_bf16", "DotTiles", int(m[1]), loop) for m, loop in blocks if m
+    ]
 
 
 def exponentials(found: list[Loop], dot: str) -> Loop:
@@ -167,6 +182,11 @@ def violations(isa: str, found: list[Loop]) -> list[str]:
         for loop in (*(m.loop for m in tiles), softmax)
         if loop.spills
     ]
+    wrong += [
+        f"{m.loop.tiles} loads for {m.loop.dots} products of tiles"
+        for m in tiles
+        if m.loop.tiles != (m.vectors + 1 if isa == "amx_bf16" else 0)
+    ]
     most = max(ROWS[isa])
     widest = max((len(m.loop.text) for m in tiles if m.vectors == most), default=0)
     for what, count, limit in zip(
@@ -178,7 +198,9 @@ def violations(isa: str, found: list[Loop]) -> list[str]:
 
 
 def cycles(loop: Loop, cpu: str = MODEL) -> float:
-    """Cycles per turn by llvm-mca's model of a CPU."""
+    """Cycles per turn by llvm-mca's model of a CPU; of AMX by its rates alone."""
+    if loop.tiles:
+        return float(max(loop.dots * TILE_PRODUCT, loop.tiles * TILE_LOAD))
     text = [re.sub(r"^(j\w+)\s.*", r"\1 0", re.split(r"[#<]", line)[0]) for line in loop.text]
     command = ["llvm-mca", f"-mcpu={cpu}", "-mattr=+avx512bf16", "-iterations=300"]
     done = subprocess.run(
@@ -199,17 +221,23 @@ def _panels(vectors: int, widest: int) -> list[int]:
 def predict(isa: str, head_dim: int, found: list[Loop]) -> tuple[float, float]:
     """(cycles per score, share of the peak of the products) of the inner loops, for a full block.
 
-    The peak is two products per cycle, none of them on padding.
+    The peak is two products per cycle, of AMX one in 16, none of them on padding.
     """
     dot, width, pair = ISAS[isa]
-    tiles = {m.vectors: m for m in micro_tiles(found) if m.dot == dot and m.rows >= 6}
-    turn = {v: cycles(m.loop) / m.rows for v, m in tiles.items()}  # per row
-    keys = sum(turn[v] for v in _panels(BLOCK_KEYS // width, max(turn)))
+    every = [m for m in micro_tiles(found) if m.dot == dot]
+    if isa == "amx_bf16":
+        widest = max(every, key=lambda m: m.vectors)
+        turn = {1: cycles(widest.loop) / (widest.vectors * TILE)}
+        depth, peak = pair * TILE, 2 * TILE * TILE * pair * TILE / TILE_PRODUCT
+    else:
+        turn = {m.vectors: cycles(m.loop) / m.rows for m in every if m.rows >= 6}
+        depth, peak = pair, 2 * 2 * width * pair
+    keys = sum(turn[v] for v in _panels(BLOCK_KEYS // width, max(turn)))  # per row and turn
     values = sum(turn[v] for v in _panels(-(-head_dim // width), max(turn)))
-    products = (keys * -(-head_dim // pair) + values * (BLOCK_KEYS // pair)) / BLOCK_KEYS
+    products = (keys * -(-head_dim // depth) + values * (BLOCK_KEYS // depth)) / BLOCK_KEYS
     softmax = (cycles(exponentials(found, dot)) + 1) / width  # and a maximum per vector
     total = products + softmax
-    return total, 4 * head_dim / (2 * 2 * width * pair) / total
+    return total, 4 * head_dim / peak / total
 
 
 def table() -> str:
@@ -224,6 +252,8 @@ def table() -> str:
                 (m for m in micro_tiles(found) if m.dot == dot), key=lambda m: (m.vectors, m.rows)
             )
             cells = [f"`{isa}`", f"{widest.rows:.0f} × {widest.vectors * width}"]
+            if isa == "amx_bf16":
+                cells = [f"`{isa}` (computed)", f"{widest.vectors * TILE} × {TILE}"]
             cells.append(f"{len(widest.loop.text)} for {widest.loop.dots}")
             cells.append(f"{len(exponentials(found, dot).text)} for {width}")
             for d in HEAD_DIMS:

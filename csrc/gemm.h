@@ -1,4 +1,4 @@
-// The one micro-kernel: C[rows, vectors * width] (+)= A[rows, depth] * B, with A broadcast and B in packed panels.
+// The one micro-kernel on vectors: C[rows, vectors * width] (+)= A[rows, depth] * B, with A broadcast and B in packed panels.
 #pragma once
 
 namespace styleattn {
@@ -104,6 +104,17 @@ static void gemm(const typename Dot::Element* a, int64_t lda, int rows, const ty
     c += wide * Vec::width;
   }
 }
+
+// What multiplies for one query tile: the vector unit, unless gemm_amx.h says otherwise.
+template <class Dot>
+struct Unit {
+  static constexpr int row_multiple = Vec::row_multiple;
+
+  STYLEATTN_INLINE void gemm(const typename Dot::Element* a, int64_t lda, int rows, const typename Dot::Element* b, int depth,
+                             int vectors, float* c, int64_t ldc, bool accumulate) {
+    STYLEATTN_ISA::gemm<Dot>(a, lda, rows, b, depth, vectors, c, ldc, accumulate);
+  }
+};
 
 }  // namespace STYLEATTN_ISA
 }  // namespace styleattn

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "call.h"
+#include "target.h"
 
 namespace styleattn {
 
@@ -21,6 +22,12 @@ struct Isa {
   const Kernels* single;  // for fp32 and fp16 input
   void (*stats)(const StatsCall& call, int64_t row, int64_t head);
 };
+
+#ifdef STYLEATTN_X86
+// What the instruction sets beyond AVX-512 share with it.
+extern const Kernels avx512_single;
+void avx512_stats(const StatsCall& call, int64_t row, int64_t head);
+#endif
 
 // Best first; only those that were compiled in and that this CPU can run. The portable one is always last.
 const Isa* const* usable_isas(int64_t* count);

@@ -21,8 +21,13 @@
 #include "vec_avx2.h"
 
 #include "kernels.h"
+#include "stats.h"
 
 namespace styleattn {
+
+namespace avx2 {
+static constexpr Kernels kernels_single = kernels<DotSingle>();
+}
 
 extern const Isa isa_avx2;
 const Isa isa_avx2{"avx2", &avx2::kernels_single, &avx2::kernels_single, avx2::stats};

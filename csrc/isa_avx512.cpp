@@ -25,10 +25,17 @@
 #include "vec_avx512.h"
 
 #include "kernels.h"
+#include "stats.h"
 
 namespace styleattn {
+
+extern const Kernels avx512_single;
+const Kernels avx512_single = avx512::kernels<avx512::DotSingle>();
+
+void avx512_stats(const StatsCall& call, int64_t row, int64_t head) { avx512::stats(call, row, head); }
+
 extern const Isa isa_avx512;
-const Isa isa_avx512{"avx512", &avx512::kernels_single, &avx512::kernels_single, avx512::stats};
+const Isa isa_avx512{"avx512", &avx512_single, &avx512_single, avx512_stats};
 
 }  // namespace styleattn
 

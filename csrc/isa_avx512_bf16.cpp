@@ -34,7 +34,7 @@ static constexpr Kernels kernels_bf16 = kernels<DotBf16>();
 }
 
 extern const Isa isa_avx512_bf16;
-const Isa isa_avx512_bf16{"avx512_bf16", &avx512_bf16::kernels_bf16, &avx512_bf16::kernels_single, avx512_bf16::stats};
+const Isa isa_avx512_bf16{"avx512_bf16", &avx512_bf16::kernels_bf16, &avx512_single, avx512_stats};
 
 }  // namespace styleattn
 

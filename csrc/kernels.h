@@ -2,7 +2,6 @@
 #pragma once
 
 #include "isa.h"
-#include "stats.h"
 #include "tile.h"
 
 namespace styleattn {
@@ -23,8 +22,6 @@ constexpr Kernels kernels() {
   return Kernels{{Vec::width, Dot::pair, int(sizeof(typename Dot::Element)), BLOCK_KEYS, TILE_ROWS},
                  scratch_bytes<Dot>, pack<Dot>, tile<Dot>};
 }
-
-static constexpr Kernels kernels_single = kernels<DotSingle>();
 
 }  // namespace STYLEATTN_ISA
 }  // namespace styleattn

@@ -56,10 +56,11 @@ struct Tile {
   float rounded_sign = 0.0f;
   bool filled = false;                   // s.acc holds something; else it counts as zeros
   bool added = false;                    // s.total holds something; likewise
+  Unit<Dot> unit;
 
   Tile(const Call& c, int64_t b, int64_t h, int64_t m, char* scratch)
       : call(c), row(b), head(h), first(m), wide(round_up(c.dim, Vec::width)),
-        rows(int(c.length - m < TILE_ROWS ? c.length - m : TILE_ROWS)), padded(int(round_up(rows, Vec::row_multiple))),
+        rows(int(c.length - m < TILE_ROWS ? c.length - m : TILE_ROWS)), padded(int(round_up(rows, Unit<Dot>::row_multiple))),
         s(scratch, wide) {}
 
   const float* channels(const float* p) const { return p ? p + (row * call.heads + head) * call.dim : nullptr; }
@@ -204,13 +205,13 @@ struct Tile {
     for (int64_t block = 0; block < source.length; block += BLOCK_KEYS) {
       const int count = int(source.length - block < BLOCK_KEYS ? source.length - block : BLOCK_KEYS);
       const int vectors = (count + Vec::width - 1) / Vec::width;
-      gemm<Dot>(operand, wide, padded, keys + block * depth * Dot::pair, int(depth), vectors, s.scores, BLOCK_KEYS, false);
+      unit.gemm(operand, wide, padded, keys + block * depth * Dot::pair, int(depth), vectors, s.scores, BLOCK_KEYS, false);
       const float* bias = source.key_bias ? source.key_bias + slot * source.padded + block
                           : count % Vec::width ? source.tail_bias : nullptr;
       if (bias) soften<true>(vectors, factor, bias);
       else soften<false>(vectors, factor, nullptr);
       if (!with_values) continue;
-      gemm<Dot>((const Element*)s.scores, BLOCK_KEYS * int64_t(sizeof(float) / sizeof(Element)), padded, values + block * wide,
+      unit.gemm((const Element*)s.scores, BLOCK_KEYS * int64_t(sizeof(float) / sizeof(Element)), padded, values + block * wide,
                 (count + Dot::pair - 1) / Dot::pair, int(wide / Vec::width), s.acc, wide, filled);
       filled = true;
     }

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = cpu_backend.isas() if cpu_backend.available()[0] else ()
-EMULATED = ("avx512_bf16", "avx512")
+EMULATED = ("amx_bf16", "avx512_bf16", "avx512")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NEG_INF = float("-inf")
 
