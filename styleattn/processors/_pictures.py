@@ -7,7 +7,7 @@ import hashlib
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,23 @@ def _file_in(path: Path, name: str) -> Path:
         names = ", ".join(p.name for p in files)
         raise ValueError(f"{name}: the folder {path} has several adapter files; name one: {names}")
     return files[0].resolve()
+
+
+def check_adapter(name: str, adapter: Any, asked: Sequence[str] = ("tokens",)) -> None:
+    """Refuse what is no adapter, such as a state dict.
+
+    Args:
+        name: the method's.
+        asked: what the host asks of the adapter.
+
+    Raises:
+        ValueError: an adapter without one of them.
+    """
+    if any(not callable(getattr(adapter, part, None)) for part in asked):
+        raise ValueError(
+            f"{name}: adapter must be a file of weights or what a loader of styleattn.adapters"
+            f" makes of one, got a {type(adapter).__name__}"
+        )
 
 
 class Eye:

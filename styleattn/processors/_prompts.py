@@ -16,7 +16,7 @@ from styleattn.methods._base import off
 from styleattn.references import Reference
 
 from ._caller import Caller
-from ._pictures import Eye, adapter_of
+from ._pictures import Eye, adapter_of, check_adapter
 
 if TYPE_CHECKING:
     from ._controller import Controller, Now
@@ -197,7 +197,11 @@ def prompts_of(
             found.append(None)
             continue
         if adapter is None:
-            raise ValueError(f"{method.name}: its adapter lacks one for reference {index}")
+            kind = type(method.adapter).__name__
+            raise ValueError(
+                f"{method.name}: its adapter, a {kind}, lacks one for reference {index}"
+            )
+        check_adapter(method.name, adapter, ("tokens", "negative", "key_value"))
         eye = Eye(method, adapter, pipe)
         embeds = eye.embeds(reference)
         pair = torch.stack([eye.negative(reference, embeds), embeds])

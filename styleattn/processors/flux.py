@@ -30,7 +30,7 @@ from ._flux_network import against_network
 from ._flux_panels import check_panels
 from ._flux_prompts import flux_prompts_of
 from ._layers import layer_weights
-from ._pictures import Eye, kept_adapter
+from ._pictures import Eye, check_adapter, kept_adapter
 from ._prompts import Prompts
 from ._rows import references_in_rows
 
@@ -227,6 +227,8 @@ def _contexts(
         dtype = model.dtype
         read = LOADERS[method.name]
         adapter = kept_adapter(method, (dtype,), lambda path: read(path, dtype=dtype))
+    if adapter is not None:
+        check_adapter(method.name, adapter)
     found = []
     for r in references:
         tokens = method.context(_embeds(method, adapter, r, pipe))

@@ -16,7 +16,15 @@ from styleattn.adapters import (
     load_pulid_sdxl,
     load_styleshot,
 )
-from styleattn.methods import CSGO, DEADiff, PuLIDSDXL, RBModulation, StyleShot, StyleStudio
+from styleattn.methods import (
+    CSGO,
+    DEADiff,
+    IPAdapter,
+    PuLIDSDXL,
+    RBModulation,
+    StyleShot,
+    StyleStudio,
+)
 from styleattn.pipelines.csgo import MODES, csgo_pictures, fitted
 from styleattn.pipelines.sampling import Sampling
 from styleattn.processors import apply
@@ -244,4 +252,20 @@ def test_a_missing_file_is_named_and_nothing_is_touched(sdxl, tmp_path):
     before = dict(sdxl.unet.attn_processors)
     with pytest.raises(FileNotFoundError, match="csgo: no such adapter file"):
         apply(sdxl, CSGO(adapter=tmp_path / "x.bin", references=Reference(embeds=torch.ones(3, 4))))
+    assert all(sdxl.unet.attn_processors[k] is v for k, v in before.items())
+
+
+@pytest.mark.parametrize("given", ["state dict", "module"])
+def test_what_is_no_adapter_is_refused(sdxl, given):
+    """diffusers' `load_ip_adapter` takes state dicts; ours have a loader."""
+    adapter = checkpoint(sdxl.unet) if given == "state dict" else torch.nn.Linear(2, 2)
+    before = dict(sdxl.unet.attn_processors)
+    kind = type(adapter).__name__
+    for method in (IPAdapter, StyleStudio):
+        with pytest.raises(
+            ValueError, match=f"{method.name}: adapter must be a file .*got a {kind}"
+        ):
+            apply(sdxl, method(adapter=adapter, references=Reference(embeds=torch.ones(24))))
+    with pytest.raises(ValueError, match=f"csgo: its adapter, a {kind}, lacks one"):
+        apply(sdxl, CSGO(adapter=adapter, references=Reference(embeds=torch.ones(3, 4))))
     assert all(sdxl.unet.attn_processors[k] is v for k, v in before.items())

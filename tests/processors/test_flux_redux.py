@@ -400,3 +400,9 @@ def test_what_does_not_fit_the_model_is_refused_whole(pipe):
         apply(pipe, Redux(references=(Reference(embeds=torch.zeros(4, 8)),)))
     after = pipe.transformer.attn_processors
     assert all(after[name] is p for name, p in before.items())
+
+
+def test_what_is_no_adapter_is_refused(pipe):
+    weights = {"redux_up.weight": torch.ones(2, 2)}
+    with pytest.raises(ValueError, match=r"redux: adapter must be a file of weights .*got a dict"):
+        apply(pipe, Redux(adapter=weights, references=Reference(embeds=picture(1))))
