@@ -33,6 +33,19 @@ static inline Tiles::Shape shape_of(int tile) {
   return tiles.shape[tile];
 }
 
+// Whether every product of such numbers is exact, and no sum of products subnormal: then fused or not, the bits are the same.
+static inline bool moderate(int tile) {
+  for (int i = 0; i < tiles.shape[tile].rows; ++i) {
+    for (int n = 0; n < tiles.shape[tile].bytes; n += 2) {
+      uint16_t half;
+      memcpy(&half, tiles.data[tile][i] + n, sizeof half);
+      const int exponent = half >> 7 & 255;
+      if ((half & 0x7fff) && (exponent < 77 || exponent > 177)) return false;
+    }
+  }
+  return true;
+}
+
 // Subnormal numbers count as zeros and become zeros.
 static inline float flushed(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.0f, x) : x; }
 static inline float fma_flushed(float a, float b, float c) { return flushed(fmaf(a, b, c)); }
@@ -87,20 +100,28 @@ static inline void _tile_dpbf16ps(int c, int a, int b) {
   emulated::must(out.bytes % 4 == 0 && left.bytes % 4 == 0 && right.bytes % 4 == 0, "rows of tiles end within a pair");
   emulated::must(out.rows == left.rows && out.bytes == right.bytes && left.bytes == right.rows * 4, "shapes do not agree");
   const int columns = out.bytes / 4, pairs = right.rows;
-  float x[16][2], y[16][16][2];
+  const bool exact = emulated::moderate(a) && emulated::moderate(b);
+  float x[16][2], y[16][2][16];
   for (int k = 0; k < pairs; ++k) {
-    for (int n = 0; n < 2 * columns; ++n) y[k][n / 2][n % 2] = emulated::widened(emulated::tiles.data[b][k] + 2 * n);
+    for (int n = 0; n < 2 * columns; ++n) y[k][n % 2][n / 2] = emulated::widened(emulated::tiles.data[b][k] + 2 * n);
   }
   for (int m = 0; m < out.rows; ++m) {
     for (int k = 0; k < 2 * pairs; ++k) x[k / 2][k % 2] = emulated::widened(emulated::tiles.data[a][m] + 2 * k);
-    float sums[16];
+    float sums[16], products[2][16] = {};
     memcpy(sums, emulated::tiles.data[c][m], sizeof sums);
-    for (int n = 0; n < columns; ++n) {
-      float sum[2] = {0.0f, 0.0f};
-      for (int k = 0; k < pairs; ++k) {
-        for (int i = 0; i < 2; ++i) sum[i] = emulated::fma_flushed(x[k][i], y[k][n][i], sum[i]);
+    for (int k = 0; k < pairs; ++k) {
+      for (int i = 0; i < 2; ++i) {
+        float* sum = products[i];
+        const float factor = x[k][i], *row = y[k][i];
+        if (exact) {
+          for (int n = 0; n < columns; ++n) sum[n] = factor * row[n] + sum[n];
+        } else {
+          for (int n = 0; n < columns; ++n) sum[n] = emulated::fma_flushed(factor, row[n], sum[n]);
+        }
       }
-      sums[n] = emulated::flushed(emulated::flushed(sums[n]) + emulated::flushed(sum[0] + sum[1]));
+    }
+    for (int n = 0; n < columns; ++n) {
+      sums[n] = emulated::flushed(emulated::flushed(sums[n]) + emulated::flushed(products[0][n] + products[1][n]));
     }
     memcpy(emulated::tiles.data[c][m], sums, sizeof sums);
   }
