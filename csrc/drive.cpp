@@ -20,6 +20,12 @@ constexpr int64_t workspace_bytes(int64_t threads) { return threads == 1 ? 1 << 
 constexpr int64_t PACK_KEYS = 512;        // keys per packing task
 constexpr int64_t TASKS_PER_THREAD = 16;  // in a round, so that the last ones leave few threads idle
 
+// What is finite stays finite, and masks nothing.
+float bias_log2(float x) {
+  const float y = x * LOG2E;
+  return std::isfinite(x) && !std::isfinite(y) ? std::copysign(std::numeric_limits<float>::max(), x) : y;
+}
+
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 struct Free {
@@ -158,7 +164,7 @@ class Plan {
     d.key_bias.assign(s.slots * s.padded, gone);
     for (int64_t slot = 0; slot < s.slots; ++slot) {
       const float* from = spec.key_bias + d.key_rows[slot] * spec.key_bias_row;
-      for (int64_t j = 0; j < s.length; ++j) d.key_bias[slot * s.padded + j] = from[j * spec.key_bias_key] * LOG2E;
+      for (int64_t j = 0; j < s.length; ++j) d.key_bias[slot * s.padded + j] = bias_log2(from[j * spec.key_bias_key]);
     }
   }
 

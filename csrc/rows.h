@@ -12,6 +12,7 @@ namespace STYLEATTN_ISA {
 
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
+constexpr float LARGEST = 3.4028234663852886e38f;
 
 struct LoadSingle {
   typedef float Element;
@@ -87,6 +88,12 @@ STYLEATTN_INLINE void prefetch_row(const Call& call, const View& view, int64_t r
 
 STYLEATTN_INLINE float number_at(const Number& n, int64_t row, int64_t token) {
   return n.data ? n.data[row * n.batch + token * n.length] : n.value;
+}
+
+// A bias in log2 units: what is finite stays finite, and does not remove what it is added to.
+STYLEATTN_INLINE float bias_log2(float x) {
+  const float y = x * LOG2E;
+  return fabsf(y) <= LARGEST || !(fabsf(x) <= LARGEST) ? y : copysignf(LARGEST, x);
 }
 
 STYLEATTN_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }

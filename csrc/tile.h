@@ -137,7 +137,7 @@ struct Tile {
     const float sign = factor < 0.0f ? -1.0f : 1.0f;
     bool seen = false;
     for (int i = 0; i < rows; ++i) {
-      s.bias[i] = number_at(segment.logit_bias, row, first + i) * LOG2E;
+      s.bias[i] = bias_log2(number_at(segment.logit_bias, row, first + i));
       seen |= s.bias[i] != -INFINITY;
     }
     if (!seen) return false;
@@ -181,6 +181,7 @@ struct Tile {
   void add_row_terms(const SegmentCall& segment, const float* scale, const float* center, float sign, float factor) {
     const float* shift = channels(segment.key_affine.shift);
     for (int i = 0; i < rows; ++i) {
+      if (s.bias[i] == -INFINITY) continue;  // not seen, whatever the term
       const float* q = s.query + i * wide;
       for (int64_t d = 0; d < call.dim; ++d) s.other[d] = shift ? q[d] * shift[d] : 0.0f;
       if (center) {
@@ -193,6 +194,7 @@ struct Tile {
       float term = 0.0f;
       for (int64_t d = 0; d < call.dim; ++d) term += s.other[d];
       s.bias[i] += factor * term;
+      if (s.bias[i] == -INFINITY) s.bias[i] = NAN;  // an infinite query is not one that sees nothing
     }
   }
 

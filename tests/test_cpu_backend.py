@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from strategies import calls
 
 from styleattn import cpu_backend
-from styleattn.branch import Branch, Segment, normalize
+from styleattn.branch import Affine, Branch, Segment, normalize
 from styleattn.lse import refined
 from styleattn.testing import (
     BranchSpec,
@@ -208,6 +208,31 @@ def test_what_is_masked_may_hold_anything(isa, dtype):
     out, lse, _ = run(q, [Branch((replace(gone, null_keys=2),))], isa)
     assert torch.equal(out, torch.zeros_like(out))
     torch.testing.assert_close(lse, torch.full_like(lse, 2.0).log())
+
+
+@pytest.mark.parametrize("kind", ["float", "row", "query", "keys"])
+def test_a_finite_bias_removes_nothing(isa, kind):
+    """The lowest finite number, which many masks hold, leaves the keys where they are."""
+    g = torch.Generator().manual_seed(0)
+    lowest = torch.finfo(torch.float32).min
+    query, key = features(g, (2, 1, 5, 16)), features(g, (2, 1, 33, 16))
+    shape = {"row": (2,), "query": (2, 5), "keys": (33,)}.get(kind)
+    bias = lowest if shape is None else torch.full(shape, lowest)
+    option = {"key_bias" if kind == "keys" else "logit_bias": bias}
+    out, lse, _ = run(query, [Branch((Segment(key, torch.ones_like(key), **option),))], isa)
+    torch.testing.assert_close(out, torch.ones_like(out))
+    assert lse.isfinite().all()
+
+
+def test_an_infinite_query_sees_its_keys(isa):
+    """Where a folded term of the logits is -inf, they are not those of a removed segment."""
+    g = torch.Generator().manual_seed(0)
+    query, key = features(g, (1, 1, 5, 16)), features(g, (1, 1, 33, 16), means=0.0)
+    query[0, 0, 2, 3] = float("inf")
+    fold = Affine(torch.ones(1, 1, 16), -torch.ones(1, 1, 16))
+    out, lse, _ = run(query, [Branch((Segment(key, key, key_affine=fold),))], isa)
+    rows = torch.tensor([False, False, True, False, False])
+    assert torch.equal(out.isnan().all(-1)[0, 0], rows) and torch.equal(lse.isnan()[0, 0, 0], rows)
 
 
 def test_python_zero_weight_adds_exactly_nothing(isa):
