@@ -50,6 +50,7 @@ ROOMS: dict[str, set[str]] = {
     "tiny": _HOSTS,
     "pipelines": _HOSTS | {"tiny", "styleattn"},
     "cli": _HOSTS | {"tiny", "pipelines", "testing", "styleattn"},
+    "__main__": {"cli"},
     "styleattn": _HOSTS,  # the package's __init__
 }
 # Third parties that not every user has: where they may be imported at module level, and where

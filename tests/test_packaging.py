@@ -252,3 +252,11 @@ def test_build_without_torch(tmp_path: Path, checkout: Path) -> None:
     )
     found = build("wheel", checkout, tmp_path / "out", PYTHONPATH=str(tmp_path))
     assert found.name.endswith("-py3-none-any.whl")
+
+
+def test_the_package_is_a_command():
+    """`python -m styleattn` is `styleattn`."""
+    argv = [sys.executable, "-m", "styleattn", "nonsense"]
+    run = subprocess.run(argv, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == "styleattn: No such command 'nonsense'.\n"
