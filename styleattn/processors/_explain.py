@@ -89,7 +89,16 @@ def _attention_row(name: str, attn: Any, controller: Any) -> LayerReport:
             site.note or f"replaced by {processor}; the next call puts it back",
         )
     backend, why = _backend(attn, controller.backend)
+    if _without_images(site, controller):
+        why = "no adapter is loaded in the pipeline and the method has none: nothing is added"
     return LayerReport(name, method, processor, backend, site.note or why)
+
+
+def _without_images(site: Any, controller: Any) -> bool:
+    """Whether all that a layer would show are images of an adapter that is not loaded."""
+    own = ((controller.methods[i], controller.references[i]) for i in site.methods)
+    idle = all(getattr(m, "adapter", m) is None and not shown for m, shown in own)
+    return idle and not isinstance(site.base, controller.loaded)
 
 
 def _backend(attn: Any, asked: str | None) -> tuple[str, str]:

@@ -217,10 +217,14 @@ def test_loading_before_and_after(run, distance):
     plain = run(pipe, PROMPTS)
     with loaded(pipe, [state], 0.8):
         theirs = run(pipe, PROMPTS, **call)
-    apply(pipe, IPAdapter())
+    handle = apply(pipe, IPAdapter())
     assert torch.equal(run(pipe, PROMPTS), plain)
+    assert {r.why for r in handle.explain().rows if r.method} == {
+        "no adapter is loaded in the pipeline and the method has none: nothing is added"
+    }
     with loaded(pipe, [state], 0.8):
         assert distance(run(pipe, PROMPTS, **call), theirs) <= 1e-5
+        assert not any("nothing is added" in r.why for r in handle.explain().rows)
         kinds = {type(pipe.unet.get_submodule(n).processor) for n in images.cross_layers(pipe.unet)}
         assert kinds == {_cross.StyleIPAdapterProcessor}
     assert torch.equal(run(pipe, PROMPTS), plain)
