@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from styleattn.references import Reference
 
 _DEPTH = 48
 _OWNERS = ("self", "components")
@@ -197,3 +199,18 @@ def fraction_of(timestep: Any, timesteps: Tensor) -> Tensor:
     value = torch.as_tensor(timestep, device=timesteps.device).reshape(-1)[:1]
     step = (timesteps > value).sum().clamp(max=len(timesteps) - 1)
     return step.to(torch.float32) / len(timesteps)
+
+
+def unseen(methods: Sequence[Any], references: Sequence[Sequence[Reference]], prompts: int) -> str:
+    """What to say of a reference whose `prompts` are all beyond those of the call; "" if there is
+    none, and under a compiler."""
+    for method, shown in zip(methods, references, strict=True):
+        for index, reference in enumerate(shown):
+            wanted = reference.prompts
+            if torch.compiler.is_compiling() or not wanted or min(wanted) < prompts:
+                continue
+            return (
+                f"references[{index}] of {method.name} is for prompts {wanted}, counted from 0, and"
+                f" the call has {prompts}: none sees it"
+            )
+    return ""

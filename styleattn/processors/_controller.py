@@ -20,7 +20,7 @@ from styleattn.references import Reference, StyleBank, always, weight_at, weight
 
 from . import _caller
 from ._attention import CONTROLLER, STATE, Site, StyleAttnProcessor
-from ._caller import Caller
+from ._caller import Caller, unseen
 from ._cross import LOADED, CrossSite, Entry, StyleCrossProcessor, StyleIPAdapterProcessor
 from ._features import FeatureCache, FeatureRows, maker
 from ._norms import parameters
@@ -205,6 +205,8 @@ class Controller:
                 " guidance"
             )
         count, each = batch // caller.chunks, caller.images_per_prompt
+        if why := unseen(self.methods, self.references, count // each):
+            self.warn(why)
         gates, weights = self._schedule(inputs["timestep"], caller)
         inputs = self.prompts.take(inputs, caller, count)
         added = 0 if self.maker is None else self.maker.count

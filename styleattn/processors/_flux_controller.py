@@ -23,7 +23,7 @@ from styleattn.methods._shown import PictureMethod
 from styleattn.references import Reference, StyleBank
 
 from . import _caller
-from ._caller import Caller
+from ._caller import Caller, unseen
 from ._controller import Controller, Now
 from ._flux_attention import OURS, JointSite
 from ._flux_blocks import BlockPlace, hook, unhook
@@ -230,6 +230,8 @@ class FluxController(Controller):
     ) -> tuple[dict[str, Any], Rows]:
         """The call with the bank's rows, and what its rows are."""
         batch, each = inputs["hidden_states"].shape[0], caller.images_per_prompt
+        if why := unseen(self.methods, self.references, batch // each):
+            self.warn(why)
         inputs, added = images_of_prompts(inputs, batch, each), 0
         if self.bank_rows is not None:
             added = self.bank_rows.count

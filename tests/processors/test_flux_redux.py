@@ -229,6 +229,14 @@ def test_pictures_for_some_prompts_only(pipe):
     assert relative(got[1:], stock(pipe, [A], table([0.7]))[1:]) <= 1e-5
 
 
+def test_a_picture_that_no_prompt_sees(pipe):
+    """Prompts are counted from 0: the second of two is not prompt 2."""
+    said = r"references\[0\] of redux is for prompts \(2,\), counted from 0, and the call has 2"
+    with apply(pipe, Redux(references=refs(0.7, prompts=(2,)))), pytest.warns(match=said):
+        got = run(pipe, PROMPTS)
+    assert relative(got, run(pipe, PROMPTS)) <= 1e-5
+
+
 def test_the_unconditional_call_has_no_pictures(pipe):
     guided = {"negative_prompt": ["ugly", "grey"], "true_cfg_scale": 2.0}
     lengths = []

@@ -459,6 +459,14 @@ def test_with_style_aligned(sdxl, run, distance):
         assert distance(ours, run(sdxl, prompts)) <= 1e-5
 
 
+def test_an_image_that_no_prompt_sees(sdxl, run):
+    """Prompts are counted from 0, however many images each has."""
+    state, mine = images.checkpoint(sdxl.unet), Reference(embeds=embeds(0), prompts=(2, 3))
+    said = r"references\[0\] of ip_adapter is for prompts \(2, 3\), .* and the call has 2"
+    with apply(sdxl, IPAdapter(0.8, own(sdxl, state), references=mine)), pytest.warns(match=said):
+        run(sdxl, ["a", "b"], steps=1, num_images_per_prompt=2)
+
+
 @pytest.mark.parametrize("kind", ["own", "loaded"])
 def test_rows_of_a_bank_see_no_image(sdxl, run, distance, kind):
     """The bank's reference runs as it was made; the images have their own, prompts counted without
