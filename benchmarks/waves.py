@@ -45,7 +45,7 @@ def efficiency(tokens: int, heads: int, batch: int, arch: str = "sm_90") -> tupl
     launch = launch_of(x, normal, scale, x, x, arch)
     work = [1.0 + OVERHEAD + (r >= 0) for r in rows.tolist()]
     tiles = math.ceil(tokens / launch.constants["BLOCK_M"]) * heads
-    order = launch.args[3]
+    order = launch.args[2]
     chosen = range(batch) if order is None else order[:batch].tolist()
     slots = SLOTS[arch]
     least = sum(w - OVERHEAD for w in work) * tiles / slots

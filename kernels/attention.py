@@ -31,22 +31,21 @@ from .primitives import (
     empty_state,
     finish,
     fold_query,
-    load_blended,
     load_tile,
     map_values,
-    measure,
     merge_states,
     number_at,
     number_rows,
     scale_rows,
     squares,
     store_tile,
+    within_range,
     zero_tile,
 )
 from .quantised import fold_quantised, products_quantised, scales_at
-from .reach import reach_of
+from .reach import highest_bias, reach_of
 
-# log2 units: 2^80 times a million keys times values of 2^20 is below 2^127
+# log2 units: 2^80 times a million keys times values of 2^27 is within fp32; larger may overflow
 BOUND = tl.constexpr(80.0)
 
 if TYPE_CHECKING:
@@ -58,43 +57,74 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _measure(s, top, scale, segment, row, start, n, keep):
-    """`measure` with the biases of the keys start + n, -inf where not kept (keep None: all are)."""
-    if segment.key_bias is None:
-        if keep is None:
-            return measure(s, top, scale, None)
-        else:
-            return measure(s, top, scale, tl.where(keep, 0.0, -float("inf")))
-    else:
-        at = segment.key_bias + row * segment.key_bias_stride + start + n
-        if keep is None:
-            return measure(s, top, scale, tl.load(at) * LOG2E)
-        else:
-            bias = tl.load(at, mask=keep, other=-float("inf")) * LOG2E
-            return measure(s, top, scale, bias)
+def _logits(s, scale, segment, row, start, n, keep):
+    """[M, N] in log2 units of the raw products with the keys start + n, -inf where these are not
+    kept (None: all are)."""
+    s = s * scale[:, None]
+    if segment.key_bias is not None:
+        s += (_load_bias(segment, row, start, n, keep) * LOG2E)[None, :]
+    if keep is not None:
+        s = tl.where(keep[None, :], s, -float("inf"))
+    return s
 
 
 @triton.jit
-def _accumulate(acc, total, step, segment, blend, row, b, h, start, n, valid, D: tl.constexpr):
+def _measure(s, top, scale, segment, row, start, n, keep):
+    """First half of a softmax step: the new running maximum, safe for rows that have no key so far.
+
+    s [M, N] raw products; scale [M] >= 0; keep as for `_logits`.
+    -> (exponents [M, N] <= 0, decay [M] of what was accumulated before, new maximum [M]).
+    """
+    if segment.key_bias is None and keep is None:
+        new = tl.maximum(top, tl.max(s, 1) * scale)
+        return s * scale[:, None] - new[:, None], tl.math.exp2(top - new), new
+    else:
+        s = _logits(s, scale, segment, row, start, n, keep)
+        new = tl.maximum(top, tl.max(s, 1))
+        safe = tl.where(new == -float("inf"), 0.0, new)
+        return s - safe[:, None], tl.math.exp2(top - safe), new
+
+
+@triton.jit
+def _load_bias(segment, row, start, n, keep):
+    """[N]: the biases of the keys start + n, -inf where not kept."""
+    at = segment.key_bias + row * segment.key_bias_stride + start + n
+    if keep is None:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=keep, other=-float("inf"))
+
+
+@triton.jit
+def _load(x, segment, row, h, start, n, valid, D: tl.constexpr):
+    """The chunks of the keys or values start + n; zeros where a bias removes them, since what is
+    removed may hold anything."""
+    if segment.key_bias is None:
+        return load_tile(x, row, h, start, n, valid, D)
+    else:
+        seen = _load_bias(segment, row, start, n, valid) > -float("inf")
+        return load_tile(x, row, h, start, n, seen, D)
+
+
+@triton.jit
+def _accumulate(acc, total, step, segment, row, h, start, n, valid, D: tl.constexpr):
     """Second half of a softmax step: exponentials, then their values. V is loaded after them in
     source order: a wait for it in front would end their overlap with the next products."""
     exponents, decay = step
     p = tl.math.exp2(exponents)
     total = total * decay + tl.sum(p, 1)
     acc = scale_rows(acc, decay)
-    v = load_blended(segment.value, segment.own_value, blend, row, b, h, start, n, valid, D)
+    v = _load(segment.value, segment, row, h, start, n, valid, D)
     return dot_pv(p, v, acc), total
 
 
 @triton.jit
-def _products(q, segment, blend, row, b, h, start, n, valid, D: tl.constexpr):
+def _products(q, segment, row, h, start, n, valid, D: tl.constexpr):
     """[M, N]: raw products with the keys from `start` on."""
     if segment.quantised.blocks is not None:
         return products_quantised(q, segment, row, h, start, n, valid, D)
     else:
-        return dot_qk(
-            q, load_blended(segment.key, segment.own_key, blend, row, b, h, start, n, valid, D)
-        )
+        return dot_qk(q, _load(segment.key, segment, row, h, start, n, valid, D))
 
 
 @triton.jit
@@ -116,46 +146,41 @@ def _level(s, segment, row, h, start, n):
 
 
 @triton.jit
-def _attend(state, q, scale, segment, row, b, h, D: tl.constexpr, BLOCK_N: tl.constexpr):
+def _attend(state, q, scale, segment, row, h, D: tl.constexpr, BLOCK_N: tl.constexpr):
     """Flash attention over one segment. state: (accumulator, sum [M], running maximum [M])."""
     acc, total, top = state
     n = tl.arange(0, BLOCK_N)
-    blend = 1.0
-    if segment.own_key.pointer is not None:
-        blend = number_at(segment.blend, b)
     if segment.single is not None:
         valid = n < segment.length
-        s = _products(q, segment, blend, row, b, h, 0, n, valid, D)
+        s = _products(q, segment, row, h, 0, n, valid, D)
         level = _scale(scale, segment, row, h, 0)
         exponents, decay, top = _measure(s, top, level, segment, row, 0, n, valid)
         step = (exponents, decay)
-        acc, total = _accumulate(acc, total, step, segment, blend, row, b, h, 0, n, valid, D)
+        acc, total = _accumulate(acc, total, step, segment, row, h, 0, n, valid, D)
     else:
         # the last step is moved back to end with the segment: every load is full, and it skips
         # the columns that were seen before
         full = (segment.length - 1) // BLOCK_N
         last = segment.length - BLOCK_N
-        s = _products(q, segment, blend, row, b, h, 0, n, None, D)
+        s = _products(q, segment, row, h, 0, n, None, D)
         level = _scale(scale, segment, row, h, 0)
         exponents, decay, top = _measure(s, top, level, segment, row, 0, n, None)
         for i in tl.range(1, full):
             at = i * BLOCK_N
-            s = _products(q, segment, blend, row, b, h, at, n, None, D)
+            s = _products(q, segment, row, h, at, n, None, D)
             step = (exponents, decay)
-            acc, total = _accumulate(
-                acc, total, step, segment, blend, row, b, h, at - BLOCK_N, n, None, D
-            )
+            acc, total = _accumulate(acc, total, step, segment, row, h, at - BLOCK_N, n, None, D)
             level = _scale(scale, segment, row, h, at)
             exponents, decay, top = _measure(s, top, level, segment, row, at, n, None)
-        s = _products(q, segment, blend, row, b, h, last, n, None, D)
+        s = _products(q, segment, row, h, last, n, None, D)
         step = (exponents, decay)
         before = (full - 1) * BLOCK_N
-        acc, total = _accumulate(acc, total, step, segment, blend, row, b, h, before, n, None, D)
+        acc, total = _accumulate(acc, total, step, segment, row, h, before, n, None, D)
         s = _level(s, segment, row, h, last, n)
         keep = n + last >= full * BLOCK_N
         exponents, decay, top = _measure(s, top, scale, segment, row, last, n, keep)
         step = (exponents, decay)
-        acc, total = _accumulate(acc, total, step, segment, blend, row, b, h, last, n, None, D)
+        acc, total = _accumulate(acc, total, step, segment, row, h, last, n, None, D)
     return acc, total, top
 
 
@@ -164,7 +189,7 @@ def _add(acc, total, exponents, segment, row, h, start, n, D: tl.constexpr):
     """A step below a maximum that stays: nothing decays."""
     p = tl.math.exp2(exponents)
     total += tl.sum(p, 1)
-    v = load_tile(segment.value, row, h, start, n, None, D)
+    v = _load(segment.value, segment, row, h, start, n, None, D)
     return dot_pv(p, v, acc), total
 
 
@@ -175,67 +200,85 @@ def _attend_below(state, q, scale, segment, row, h, D: tl.constexpr, BLOCK_N: tl
     n = tl.arange(0, BLOCK_N)
     full = (segment.length - 1) // BLOCK_N
     last = segment.length - BLOCK_N
-    s = _products(q, segment, 1.0, row, row, h, 0, n, None, D)
-    exponents = s * _scale(scale, segment, row, h, 0)[:, None] - top[:, None]
+    s = _products(q, segment, row, h, 0, n, None, D)
+    level = _scale(scale, segment, row, h, 0)
+    exponents = _logits(s, level, segment, row, 0, n, None) - top[:, None]
     for i in tl.range(1, full):
         at = i * BLOCK_N
-        s = _products(q, segment, 1.0, row, row, h, at, n, None, D)
+        s = _products(q, segment, row, h, at, n, None, D)
         acc, total = _add(acc, total, exponents, segment, row, h, at - BLOCK_N, n, D)
-        exponents = s * _scale(scale, segment, row, h, at)[:, None] - top[:, None]
-    s = _products(q, segment, 1.0, row, row, h, last, n, None, D)
+        level = _scale(scale, segment, row, h, at)
+        exponents = _logits(s, level, segment, row, at, n, None) - top[:, None]
+    s = _products(q, segment, row, h, last, n, None, D)
     acc, total = _add(acc, total, exponents, segment, row, h, (full - 1) * BLOCK_N, n, D)
-    exponents = _level(s, segment, row, h, last, n) * scale[:, None] - top[:, None]
-    exponents = tl.where((n + last >= full * BLOCK_N)[None, :], exponents, -float("inf"))
+    keep = n + last >= full * BLOCK_N
+    s = _level(s, segment, row, h, last, n)
+    exponents = _logits(s, scale, segment, row, last, n, keep) - top[:, None]
     acc, total = _add(acc, total, exponents, segment, row, h, last, n, D)
     return acc, total, top
 
 
+@triton.constexpr_function
+def step_width(block_n, narrow):
+    """Keys of a step: a bias per key needs registers that a step of 128 has not."""
+    return 64 if narrow and block_n > 64 else block_n
+
+
 @triton.jit
-def _attend_bounded(state, q, scale, segment, row, b, h, D: tl.constexpr, BLOCK_N: tl.constexpr):
+def _attend_bounded(state, q, scale, segment, row, h, D: tl.constexpr, BLOCK_N: tl.constexpr):
     """`_attend`, without a running maximum where the logits of all rows of the tile are bounded
     such that no exponential leaves the range of fp32 (and of bf16, which has the same): any number
     will do as the maximum, say that of the segments before."""
+    NARROW: tl.constexpr = segment.key_bias is not None and segment.single is None
+    STEP: tl.constexpr = step_width(BLOCK_N, NARROW)
     if segment.reach.pointer is None:
-        return _attend(state, q, scale, segment, row, b, h, D, BLOCK_N)
+        return _attend(state, q, scale, segment, row, h, D, STEP)
     else:
         acc, total, top = state
-        fixed = tl.where(top == -float("inf"), 0.0, top)
-        far = scale * tl.sqrt_rn(squares(q)) * reach_of(segment.reach, row, h) + tl.abs(fixed)
-        if tl.max(far, 0) <= BOUND:
-            state = _attend_below((acc, total, fixed), q, scale, segment, row, h, D, BLOCK_N)
+        level = highest_bias(segment.reach, row) * LOG2E
+        fixed = tl.where(top == -float("inf"), level, top)
+        far = scale * tl.sqrt_rn(squares(q)) * reach_of(segment.reach, row, h)
+        far += tl.abs(fixed - level)
+        if tl.max(tl.where(far <= BOUND, 0, 1), 0) == 0:  # a NaN is beyond any bound
+            state = _attend_below((acc, total, fixed), q, scale, segment, row, h, D, STEP)
         elif segment.quantised.blocks is None:  # two loops at full size do not fit the registers
-            state = _attend(state, q, scale, segment, row, b, h, D, BLOCK_N // 2)
+            state = _attend(state, q, scale, segment, row, h, D, min(STEP, BLOCK_N // 2))
         else:
-            state = _attend(state, q, scale, segment, row, b, h, D, BLOCK_N)
+            state = _attend(state, q, scale, segment, row, h, D, STEP)
         return state
 
 
 @triton.jit
-def _segment(state, branch, segment, row, place, scale2, D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One segment with its boundaries: fold the query, shift the maximum to its frame and back."""
+def _segment(
+    state, branch, segment, row, place, scale2, FRESH: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One segment with its boundaries: fold the query, shift the maximum to its frame and back.
+    FRESH: nothing was accumulated before."""
     b, h, _, start, m, valid = place
     factor = scale2 * number_at(segment.logit_scale, b)
     if segment.quantised.blocks is None:
         q, scale, shift = fold_query(branch, segment, place, factor, D)
     else:
         q, scale, shift = fold_quantised(branch, segment, place, row, factor, D)
-    acc, total, top = state
+    acc, total, before = state
     if segment.logit_bias.stride_l is None:
-        shift += number_at(segment.logit_bias, b) * LOG2E
-        state = (acc, total, top - shift)
-        acc, total, top = _attend_bounded(state, q, scale, segment, row, b, h, D, BLOCK_N)
-        top += shift
+        shift += within_range(number_at(segment.logit_bias, b)) * LOG2E
+        moved = before - shift
+        state = (acc, total, moved)
+        acc, total, top = _attend_bounded(state, q, scale, segment, row, h, D, BLOCK_N)
+        # a maximum that stays comes back as it was, however far away the segment's frame is
+        top = top + shift if FRESH else tl.where(top == moved, before, top + shift)
     else:
         # a bias per query may be -inf: such a row runs with scale 0 below an unreachable maximum,
         # and adds exactly nothing
         bias = number_rows(segment.logit_bias, b, start + m, valid)
         dead = bias == -float("inf")
-        shift += tl.where(dead, 0.0, bias) * LOG2E
-        before = top
-        state = (acc, total, tl.where(dead, UNREACHABLE, top - shift))
+        shift += tl.where(dead, 0.0, within_range(bias)) * LOG2E
+        moved = tl.where(dead, UNREACHABLE, before - shift)
         scale = tl.where(dead, 0.0, scale)
-        acc, total, top = _attend(state, q, scale, segment, row, b, h, D, BLOCK_N)
-        top = tl.where(dead, before, top + shift)
+        acc, total, top = _attend((acc, total, moved), q, scale, segment, row, h, D, BLOCK_N)
+        top = tl.where(dead | (top == moved), before, top + shift)
     return acc, total, top
 
 
@@ -247,15 +290,15 @@ def _mapped_segment(
     """A segment and its value affine, which touches what this segment accumulated: either it is the
     FIRST of its branch (free), or it accumulates on its own and is merged."""
     if segment.value_map.scale is None:
-        state = _segment(state, branch, segment, row, place, scale2, D, BLOCK_N)
+        state = _segment(state, branch, segment, row, place, scale2, FIRST, D, BLOCK_N)
     else:
         at = place[2] * D
         if FIRST:
-            acc, total, top = _segment(state, branch, segment, row, place, scale2, D, BLOCK_N)
+            acc, total, top = _segment(state, branch, segment, row, place, scale2, True, D, BLOCK_N)
             state = (map_values(acc, total, segment.value_map, at, D), total, top)
         else:
             fresh = empty_state(state[1].shape[0], D)
-            acc, total, top = _segment(fresh, branch, segment, row, place, scale2, D, BLOCK_N)
+            acc, total, top = _segment(fresh, branch, segment, row, place, scale2, True, D, BLOCK_N)
             acc = map_values(acc, total, segment.value_map, at, D)
             state = merge_states(state, (acc, total, top))
     return state
@@ -277,7 +320,7 @@ def _branch(branch, place, scale2, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK
                 row = tl.load(segment.rows + b).to(tl.int64)
             alive = row >= 0
             if segment.logit_bias.stride_l is None:
-                alive = alive & (number_at(segment.logit_bias, b) > -float("inf"))
+                alive = alive & (number_at(segment.logit_bias, b) != -float("inf"))
             if alive:
                 state = _mapped_segment(
                     state, branch, segment, row, place, scale2, i == 0, D, BLOCK_N
@@ -287,10 +330,10 @@ def _branch(branch, place, scale2, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK
 
 @triton.jit
 def attention_kernel(
-    out, lse, branches, order, H, L, scale2,
+    out, branches, order, H, L, scale2,
     GROUPS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H, L, D] in BLHD memory; lse [G, B, H, L]. Grid: (query tiles, heads, batch rows).
+    """out [B, H, L, D] in BLHD memory. Grid: (query tiles, heads, batch rows).
 
     scale2: softmax scale * log2(e). order: [B] batch rows, the most work first, or None.
     """
@@ -303,14 +346,13 @@ def attention_kernel(
     m = tl.arange(0, BLOCK_M)
     valid = start + m < L
     place = (b, h, b * H + h, start, m, valid)
-    batch = tl.num_programs(2).to(tl.int64)
     result = zero_tile(BLOCK_M, D)
     for g in tl.static_range(GROUPS):
         branch = branches[g]
         acc, total, top = _branch(branch, place, scale2, D, BLOCK_M, BLOCK_N)
         logsum, factor = finish(total, top, branch.null_keys)
-        at = ((g * batch + b) * H + h) * L + start
-        tl.store(lse + at + m, logsum, mask=valid)
+        at = place[2] * L + start
+        tl.store(branch.lse + at + m, logsum, mask=valid)
         if branch.weight.value is not None:
             weight = number_rows(branch.weight, b, start + m, valid)
             result = add_tiles(result, scale_rows(acc, factor * weight))

@@ -159,7 +159,14 @@ def hip_arch(name: str) -> str | None:
 
 
 def attention_tile(
-    arch: str, head_dim: int, itemsize: int, length: int, longest: int, *, heavy: bool = False
+    arch: str,
+    head_dim: int,
+    itemsize: int,
+    length: int,
+    longest: int,
+    *,
+    heavy: bool = False,
+    crowded: bool = False,
 ) -> Tile:
     """The launch configuration of the attention kernel.
 
@@ -167,12 +174,14 @@ def attention_tile(
         arch: a name of ARCHITECTURES, or "interpreter".
         head_dim, itemsize: of the inputs.
         length: number of queries; longest: number of keys of the longest segment.
-        heavy: the kernel needs room in registers: a second accumulator, keys blended on load, a
-            bias per key.
+        heavy: the kernel needs room in registers: a second accumulator, or a bias per key.
+        crowded: it needs more: a second accumulator during a long loop.
     """
     width = low_width(head_dim) + high_width(head_dim)
     tile = TILES[arch, itemsize][next(i for i, limit in enumerate(_WIDTHS) if width <= limit)]
-    if heavy and itemsize == 2 and tile.block_n > 64:
+    if heavy and itemsize == 2:
+        tile = replace(tile, stages=min(tile.stages, 2))
+    if (crowded or (heavy and arch == "sm_100")) and tile.block_n > 64:
         tile = replace(tile, block_n=64, stages=min(tile.stages, 2))
     if heavy and arch == "sm_89":  # its registers hold no step in flight next to a key bias
         tile = replace(tile, stages=1)

@@ -20,6 +20,7 @@ from .primitives import (
     number_at,
     number_rows,
     store_tile,
+    within_range,
     zero_tile,
 )
 
@@ -35,7 +36,7 @@ def _columns(segment, b, n, begin, scale2):
         row = tl.load(segment.rows + b).to(tl.int64)
     local = n - begin
     inside = (local >= 0) & (local < segment.length)
-    bias = tl.zeros_like(n).to(tl.float32) + number_at(segment.logit_bias, b) * LOG2E
+    bias = tl.zeros_like(n).to(tl.float32) + within_range(number_at(segment.logit_bias, b)) * LOG2E
     bias = tl.where(row >= 0, bias, -float("inf"))
     row = tl.maximum(row, 0)
     if segment.key_bias is not None:
@@ -69,10 +70,10 @@ def _blank(x, COLUMNS: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def decoupled_kernel(
-    out, lse, branches, H, L, scale2,
+    out, branches, H, L, scale2,
     GROUPS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H, L, D] in BLHD memory; lse [G, B, H, L]. Grid: (query tiles, heads, batch rows)."""
+    """out [B, H, L, D] in BLHD memory. Grid: (query tiles, heads, batch rows)."""
     b = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK_M
@@ -89,13 +90,13 @@ def decoupled_kernel(
         for i in tl.static_range(len(branches[g].count)):
             segment = branches[g].segments[i]
             row, local, inside, factor, added = _columns(segment, b, n, begin, scale2)
-            readable = inside & (added > -float("inf"))
+            readable = inside & (added != -float("inf"))
             keys = _put(keys, inside, segment.key, row, h, local, readable, D)
             scale = tl.where(inside, factor, scale)
             bias = tl.where(inside, added, bias)
             begin += segment.length
     s = dot_qk(q, keys) * scale[None, :]
-    s = tl.where((bias > -float("inf"))[None, :], s + bias[None, :], -float("inf"))
+    s = tl.where((bias != -float("inf"))[None, :], s + bias[None, :], -float("inf"))
 
     # each column's maximum is that of its branch
     shift = tl.zeros_like(s)
@@ -121,7 +122,7 @@ def decoupled_kernel(
             segment = branch.segments[i]
             if branch.weight.value is not None:
                 row, local, inside, factor, added = _columns(segment, b, n, end, scale2)
-                readable = inside & (added > -float("inf"))
+                readable = inside & (added != -float("inf"))
                 values = _put(values, inside, segment.value, row, h, local, readable, D)
                 heard = heard | inside
             end += segment.length
@@ -129,8 +130,8 @@ def decoupled_kernel(
         top = tl.max(tl.where(mine, s, -float("inf")), 1)
         total = tl.sum(tl.where(mine, p, 0.0), 1)
         logsum, factor = finish(total, top, branch.null_keys)
-        at = ((g * tl.num_programs(2).to(tl.int64) + b) * H + h) * L + start
-        tl.store(lse + at + m, logsum, mask=valid)
+        at = (b * H + h) * L + start
+        tl.store(branch.lse + at + m, logsum, mask=valid)
         if branch.weight.value is not None:
             weight = number_rows(branch.weight, b, start + m, valid)
             norm = tl.where(mine, (factor * weight)[:, None], norm)

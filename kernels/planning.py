@@ -6,12 +6,13 @@ No tensor is read here but row maps that live on the CPU.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..measured import find
+from .blend import blend_launch
 from .configs import (
     BOUNDED,
     Tile,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from ..branch import Affine, Branch, Segment
 
 MAX_COLUMNS = 128  # keys of the one-tile kernel
+_SHORT = 512  # keys of a segment whose loop may be slow
 _LOG2E = 1.4426950408889634
 
 
@@ -95,6 +97,17 @@ class _Maps:
         self.table.append(rows)
         return len(self.table) - 1
 
+    def keep(self, segment: Segment) -> int | None:
+        """The line that will hold every batch row for itself where the segment is blended with it,
+        and -1 where it is removed; None: it needs none."""
+        if segment.rows is None or segment.rows.device.type != "cpu" or not _is_blended(segment):
+            return None
+        rows = tuple(b if r >= 0 else -1 for b, r in enumerate(segment.rows.tolist()))
+        if min(rows) >= 0:
+            return None
+        self.table.append(rows)
+        return len(self.table) - 1
+
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """(table on the device, order of batch rows by work or None)."""
         ordered = self.known and len(set(self.work)) > 1
@@ -112,16 +125,9 @@ def _dropped(segment: Segment) -> bool:
     return rows is not None and rows.device.type == "cpu" and bool((rows < 0).all())
 
 
-def _segment(segment: Segment, line: int | None, table: Tensor | None, batch: int) -> SegmentArgs:
-    rows = segment.rows
-    if line is not None and table is not None:
-        rows = table[line]
-    elif rows is not None:
-        rows = rows.contiguous()
-    broadcast = segment.rows is None and segment.key.shape[0] == 1 and batch > 1
-    blended = segment.own_key is not None and (
-        isinstance(segment.kv_blend, torch.Tensor) or segment.kv_blend != 1.0
-    )
+def _segment(segment: Segment, rows: Tensor | None, batch: int) -> SegmentArgs:
+    """The arguments of a segment whose keys are read as they are; rows: its map on the device."""
+    broadcast = rows is None and segment.key.shape[0] == 1 and batch > 1
     bias = None if segment.key_bias is None else segment.key_bias.contiguous()
     return SegmentArgs(
         key=rows_of(segment.key, broadcast=broadcast),
@@ -134,9 +140,6 @@ def _segment(segment: Segment, line: int | None, table: Tensor | None, batch: in
         logit_bias=_number(segment.logit_bias),
         key_bias=bias,
         key_bias_stride=0 if bias is None or bias.ndim == 1 or broadcast else bias.stride(0),
-        own_key=_rows(segment.own_key if blended else None),
-        own_value=_rows(segment.own_value if blended else None),
-        blend=_number(segment.kv_blend) if blended else NO_NUMBER,
         single=None,
         signed=None,
         reach=NO_REACH,
@@ -144,10 +147,64 @@ def _segment(segment: Segment, line: int | None, table: Tensor | None, batch: in
     )
 
 
-def _branches(
-    query: Tensor, branches: Sequence[Branch]
-) -> tuple[tuple[BranchArgs, ...], Tensor | None]:
-    """The arguments of all branches, and the order of batch rows."""
+def _is_blended(segment: Segment) -> bool:
+    return segment.own_key is not None and (
+        isinstance(segment.kv_blend, torch.Tensor) or segment.kv_blend != 1.0
+    )
+
+
+def _blended(
+    segment: Segment, args: SegmentArgs, kept: Tensor | None
+) -> tuple[SegmentArgs, Tensor, Launch]:
+    """(the arguments of a segment whose keys and values are blended before, so that every batch row
+    has its own; the reach of these keys; the launch that blends).
+
+    Args:
+        kept: every batch row for itself, -1 where the segment is removed; None where it never is.
+    """
+    own: Any = segment.own_key, segment.own_value
+    key, value, reach, launch = blend_launch(
+        (args.key, args.value), own, args.rows, _number(segment.kv_blend)
+    )
+    bias, stride = args.key_bias, args.key_bias_stride
+    if args.rows is not None and stride:
+        bias = bias.index_select(0, args.rows[: len(key)].clamp(min=0))
+    args = args._replace(
+        key=rows_of(key), value=rows_of(value), rows=kept, key_bias=bias, key_bias_stride=stride
+    )
+    return args, reach, launch
+
+
+class _Arguments:
+    """What `_branches` finds: the arguments of all branches, the order of batch rows, the launches
+    that blend keys, and the reach of those keys by tensor."""
+
+    def __init__(self) -> None:
+        self.branches: tuple[BranchArgs, ...] = ()
+        self.order: Tensor | None = None
+        self.before: tuple[Launch, ...] = ()
+        self.reach: dict[Any, Tensor] = {}
+
+    def segment(
+        self, segment: Segment, lines: tuple[int | None, int | None], table: Any, batch: int
+    ) -> SegmentArgs:
+        """The arguments of a segment; lines: those of its maps in the table."""
+        rows, kept = (None if line is None else table[line] for line in lines)
+        if rows is None and segment.rows is not None:
+            rows = segment.rows.contiguous()
+            each = torch.arange(batch, dtype=rows.dtype, device=rows.device)
+            kept = torch.where(rows < 0, rows, each) if _is_blended(segment) else None
+        args = _segment(segment, rows, batch)
+        if _is_blended(segment):
+            args, reach, launch = _blended(segment, args, kept)
+            self.before += (launch,)
+            self.reach[_identity(args.key.pointer)] = reach
+        return args
+
+
+def _branches(query: Tensor, branches: Sequence[Branch], lse: Tensor) -> _Arguments:
+    """The arguments of all branches."""
+    found = _Arguments()
     maps = _Maps(query.shape[0], query.device)
     chosen = []
     for branch in branches:
@@ -155,29 +212,36 @@ def _branches(
         segments.sort(
             key=lambda s: s.value_affine is None
         )  # a value affine costs nothing on the first segment
-        chosen.append([(s, maps.add(s)) for s in segments])
-    table, order = maps.finish()
+        chosen.append([(s, (maps.add(s), maps.keep(s))) for s in segments])
+    table, found.order = maps.finish()
     arguments = []
-    for branch, lines in zip(branches, chosen, strict=True):
+    for index, (branch, segments_lines) in enumerate(zip(branches, chosen, strict=True)):
         content = branch.content_query
         if not isinstance(branch.gamma, torch.Tensor) and branch.gamma == 0.0:
             content = None
         nulls = sum(s.null_keys for s in branch.segments)
         silent = not isinstance(branch.weight, torch.Tensor) and branch.weight == 0.0
+        segment_args = tuple(
+            found.segment(s, lines, table, query.shape[0]) for s, lines in segments_lines
+        )
         arguments.append(
             BranchArgs(
                 query=rows_of(query if branch.query is None else branch.query),
                 content=_rows(content),
                 gamma=NO_NUMBER if content is None else _number(branch.gamma),
                 query_map=_map(branch.query_affine),
-                segments=tuple(_segment(s, line, table, query.shape[0]) for s, line in lines),
-                count=(1,) * len(lines),
+                segments=segment_args,
+                count=(1,) * len(segment_args),
                 null_keys=float(nulls) if nulls else None,
                 weight=NO_NUMBER if silent else _number(branch.weight),
                 park=NO_ROWS,
+                lse=lse[index],
             )
         )
-    return tuple(arguments), order
+    # the first loop runs without a second accumulator
+    arguments.sort(key=lambda a: -max((s.length for s in a.segments), default=0))
+    found.branches = tuple(arguments)
+    return found
 
 
 def _is_decoupled(branches: Sequence[Branch], arguments: Sequence[BranchArgs]) -> bool:
@@ -189,7 +253,6 @@ def _is_decoupled(branches: Sequence[Branch], arguments: Sequence[BranchArgs]) -
         and all(b.query is None for b in branches)
         and all(a.query_map.scale is None and a.content.pointer is None for a in arguments)
         and all(s.key_map.scale is None and s.value_map.scale is None for s in segments)
-        and all(s.own_key.pointer is None for s in segments)
         and all(s.logit_bias.stride_l is None for s in segments)
     )
 
@@ -205,11 +268,10 @@ def _with_capabilities(branch: BranchArgs, scale: float, block_n: int) -> Branch
 
 
 def _with_park(branch: BranchArgs, out: Tensor) -> BranchArgs:
-    """A branch that folds anything into a query of the output's dtype puts it there for a while
-    (keys blended on load need the shared memory themselves)."""
+    """A branch that folds anything into a query of the output's dtype puts it there for a while."""
     folds = branch.query_map.scale is not None or branch.content.pointer is not None
     folds |= any(s.key_map.scale is not None for s in branch.segments)
-    folds &= all(s.own_key.pointer is None for s in branch.segments) and out.dtype != torch.float32
+    folds &= out.dtype != torch.float32
     return branch._replace(park=rows_of(out)) if folds else branch
 
 
@@ -218,9 +280,10 @@ def _identity(key: Tensor) -> Any:
 
 
 def _with_quantised(
-    branches: tuple[BranchArgs, ...],
+    branches: tuple[BranchArgs, ...], exact: Container[Any]
 ) -> tuple[tuple[BranchArgs, ...], dict[Any, Tensor], tuple[Launch, ...]]:
-    """The branches with INT8 keys, the reach of these by tensor, and the launches that make both.
+    """The branches with INT8 keys, but for `exact` tensors, the reach of these by tensor, and the
+    launches that make both.
 
     The means of keys are the centers of a segment that sees them as its own rows, where there is
     one, else they are computed.
@@ -235,7 +298,7 @@ def _with_quantised(
     reach: dict[Any, Tensor] = {}
 
     def mark(s: SegmentArgs) -> SegmentArgs:
-        if s.own_key.pointer is not None or s.key_bias is not None:
+        if _identity(s.key.pointer) in exact or s.key_bias is not None:
             return s  # what a mask hides must not reach the scale of its neighbours
         key = s.key.pointer
         known = _identity(key)
@@ -257,13 +320,12 @@ def _with_quantised(
 def _with_reach(
     branches: tuple[BranchArgs, ...], least: int, made: dict[Any, Tensor]
 ) -> tuple[tuple[BranchArgs, ...], tuple[Launch, ...]]:
-    """The branches with the reach of all keys that are long, whole and without biases, and the
-    launches that find what is not `made` yet: one for each tensor."""
+    """The branches with the reach of all long segments, and the launches that find what is not
+    `made` yet: one for each tensor of keys."""
     launches: list[Launch] = []
 
     def mark(s: SegmentArgs) -> SegmentArgs:
-        plain = s.key_bias is None and s.own_key.pointer is None and s.logit_bias.stride_l is None
-        if not plain or s.single is not None or s.length < least:
+        if s.logit_bias.stride_l is not None or s.single is not None or s.length < least:
             return s
         known = _identity(s.key.pointer)
         if known not in made:
@@ -271,7 +333,9 @@ def _with_reach(
             launches.append(launch)
         out = made[known]
         stride = 0 if s.key.stride_b == 0 else out.stride(0)
-        return s._replace(reach=Reach(out, stride, out.shape[2]))
+        highest = None if s.key_bias is None else s.key_bias.amax(-1)
+        step = 0 if s.key_bias_stride == 0 else 1
+        return s._replace(reach=Reach(out, stride, out.shape[2], highest, step))
 
     marked = tuple(b._replace(segments=tuple(mark(s) for s in b.segments)) for b in branches)
     return marked, tuple(launches)
@@ -297,39 +361,40 @@ def plan(
     """
     batch, heads, length, dim = query.shape
     fast = fast and is_quantised(arch, dim)
-    arguments, order = _branches(query, branches)
+    found = _branches(query, branches, lse)
+    arguments, reach = found.branches, found.reach
     segments = [s for a in arguments for s in a.segments]
     keys = [s.length for s in segments]
     scale2 = softmax_scale * _LOG2E
     constants: dict[str, Any] = {"GROUPS": len(branches), "D": dim}
-    before: tuple[Launch, ...] = ()
+    before = found.before
     if not fast and _is_decoupled(branches, arguments):
         name = "decoupled"
         tile = decoupled_tile(arch, dim, query.element_size(), sum(keys))
         constants |= {"BLOCK_M": tile.block_m, "COLUMNS": tile.block_n}
-        args: tuple[Any, ...] = (out, lse, arguments, heads, length, scale2)
+        args: tuple[Any, ...] = (out, arguments, heads, length, scale2)
     else:
         name = "attention"
-        heavy = len(branches) > 1 or any(
-            s.own_key.pointer is not None or s.key_bias is not None for s in segments
-        )
+        heavy = len(branches) > 1 or any(s.key_bias is not None for s in segments)
         heavy |= any(s.value_map.scale is not None for a in arguments for s in a.segments[1:])
         longest = max(keys, default=1)
-        tile = attention_tile(arch, dim, query.element_size(), length, longest, heavy=heavy)
+        crowded = any(s.length > _SHORT for a in arguments[1:] for s in a.segments)
+        room = {"heavy": heavy, "crowded": crowded}
+        tile = attention_tile(arch, dim, query.element_size(), length, longest, **room)
         known = find(arch, query.dtype, dim, length, longest, batch * heads)
         if known is not None and known.tile is not None and not heavy:
             tile = Tile(*known.tile)
         constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         arguments = tuple(_with_capabilities(a, scale2, tile.block_n) for a in arguments)
-        reach: dict[Any, Tensor] = {}
         if fast:
-            arguments, reach, before = _with_quantised(arguments)
+            arguments, quantised, more = _with_quantised(arguments, reach)
+            reach, before = {**reach, **quantised}, (*before, *more)
         if query.dtype == torch.bfloat16 and is_bounded(arch, dim):
             arguments, more = _with_reach(arguments, BOUNDED[arch], reach)
             before = (*before, *more)
         if is_parked(arch, dim):
             arguments = tuple(_with_park(a, out) for a in arguments)
-        args = (out, lse, arguments, order, heads, length, scale2)
+        args = (out, arguments, found.order, heads, length, scale2)
     grid = (-(-length // tile.block_m), heads, batch)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return Launch(kernels(name), grid, args, constants, options, before)

@@ -18,7 +18,8 @@ from .configs import high_width, low_width
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-UNREACHABLE = tl.constexpr(65536.0)  # a running maximum under which every exponential is exactly 0
+UNREACHABLE = tl.constexpr(2.0**126)  # a running maximum under which every exponential is exactly 0
+FARTHEST = tl.constexpr(1e38)  # a finite bias beyond this would leave fp32 in log2 units
 HALF_ROOM = tl.constexpr(
     16384.0
 )  # a folded fp16 query row above this is scaled down, so that it never overflows
@@ -82,9 +83,6 @@ class SegmentArgs(NamedTuple):
     logit_bias: Any
     key_bias: Any
     key_bias_stride: Any
-    own_key: Any
-    own_value: Any
-    blend: Any
     single: Any  # 1: one step holds all keys
     signed: Any  # 1: the logit scale may be negative
     reach: Any  # how far the keys reach: the softmax may do without a running maximum
@@ -103,6 +101,7 @@ class BranchArgs(NamedTuple):
     null_keys: Any
     weight: Any
     park: Any  # Rows of the output: folded queries are put there and read again
+    lse: Any  # [B, H, L] fp32, to be filled
 
 
 @triton.jit
@@ -123,6 +122,13 @@ def number_rows(number, b, rows, mask):
         return tl.load(
             number.pointer + b * number.stride_b + rows * number.stride_l, mask=mask, other=0.0
         )
+
+
+@triton.jit
+def within_range(bias):
+    """A bias whose finite values stay finite in log2 units."""
+    bias = tl.where((bias < -FARTHEST) & (bias > -float("inf")), -FARTHEST, bias)
+    return tl.where((bias > FARTHEST) & (bias < float("inf")), FARTHEST, bias)
 
 
 @triton.jit
@@ -173,26 +179,6 @@ def load_tile(x, b, h, start, n, valid, D: tl.constexpr):
 
 
 @triton.jit
-def load_blended(x, own, blend, row, b, h, start, n, valid, D: tl.constexpr):
-    """A key or value tile; with `own`, blend * x[row] + (1 - blend) * own[b] in fp32."""
-    tile = load_tile(x, row, h, start, n, valid, D)
-    if own.pointer is None:
-        return tile
-    else:
-        mine = load_tile(own, b, h, start, n, valid, D)
-        low = (blend * tile[0].to(tl.float32) + (1.0 - blend) * mine[0].to(tl.float32)).to(
-            tile[0].dtype
-        )
-        if len(tile) == 1:
-            return (low,)
-        else:
-            high = (blend * tile[1].to(tl.float32) + (1.0 - blend) * mine[1].to(tl.float32)).to(
-                tile[1].dtype
-            )
-            return (low, high)
-
-
-@triton.jit
 def zero_tile(BLOCK_M: tl.constexpr, D: tl.constexpr):
     """Accumulator chunks of zeros."""
     low = tl.zeros([BLOCK_M, low_width(D)], tl.float32)
@@ -239,24 +225,6 @@ def add_tiles(a, b):
         return (a[0] + b[0],)
     else:
         return (a[0] + b[0], a[1] + b[1])
-
-
-@triton.jit
-def measure(s, top, scale, bias):
-    """First half of a softmax step: the new running maximum, safe for rows that have no key so far.
-
-    s [M, N] raw products; scale [M] >= 0; bias None or [N] in log2 units, -inf removes a column.
-    -> (exponents [M, N] <= 0, decay [M] of what was accumulated before, new maximum [M]).
-    """
-    if bias is None:
-        new = tl.maximum(top, tl.max(s, 1) * scale)
-        return s * scale[:, None] - new[:, None], tl.math.exp2(top - new), new
-    else:
-        gone = bias[None, :] == -float("inf")
-        s = tl.where(gone, -float("inf"), s * scale[:, None] + bias[None, :])
-        new = tl.maximum(top, tl.max(s, 1))
-        safe = tl.where(new == -float("inf"), 0.0, new)
-        return s - safe[:, None], tl.math.exp2(top - safe), new
 
 
 @triton.jit
@@ -461,8 +429,9 @@ def empty_state(BLOCK_M: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def merge_states(one, two):
-    """Two partial softmaxes as one."""
-    new = tl.maximum(one[2], two[2])
+    """Two partial softmaxes as one. What is called their maxima may be any numbers within the range
+    of the exponentials: which of them counts for more, the sums say."""
+    new = tl.maximum(one[2] + tl.math.log2(one[1]), two[2] + tl.math.log2(two[1]))
     safe = tl.where(new == -float("inf"), 0.0, new)
     decay, decay2 = tl.math.exp2(one[2] - safe), tl.math.exp2(two[2] - safe)
     acc = add_tiles(scale_rows(one[0], decay), scale_rows(two[0], decay2))

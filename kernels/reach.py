@@ -23,11 +23,14 @@ PARTS = tl.constexpr(16)  # most partial maxima of a row and head
 
 class Reach(NamedTuple):
     """Pointer to [R, H, parts] fp32: the largest squared norm of a run of keys; stride_b 0 where
-    all rows share one."""
+    all rows share one. bias: pointer to [R] fp32, the highest bias of a key, where keys have any.
+    """
 
     pointer: Any
     stride_b: Any
     parts: Any
+    bias: Any = None
+    bias_stride: Any = None
 
 
 NO_REACH = Reach(None, None, None)
@@ -61,6 +64,15 @@ def reach_of(reach, row, h):
     part = tl.arange(0, PARTS)
     at = reach.pointer + row * reach.stride_b + h * reach.parts + part
     return tl.sqrt_rn(tl.max(tl.load(at, mask=part < reach.parts, other=0.0), 0))
+
+
+@triton.jit
+def highest_bias(reach, row):
+    """The highest bias of a key of a row; 0 where keys have none."""
+    if reach.bias is None:
+        return 0.0
+    else:
+        return tl.load(reach.bias + row * reach.bias_stride)
 
 
 def reach_launch(key: Tensor) -> tuple[Tensor, Launch]:

@@ -211,7 +211,7 @@ def injected_attention(
     temperature.
 
         out = softmax( temperature sigma Q' K^T ) V,   Q' = gamma Q_content + (1 - gamma) Q
-        K = kv_blend K_style + (1 - kv_blend) K_own, V likewise, blended on load
+        K = kv_blend K_style + (1 - kv_blend) K_own, V likewise
 
     Args:
         query: [B, H, L, D], of the stylised row.

@@ -70,7 +70,7 @@ class Segment:
         key_bias: [S] or [R, S], additive; -inf masks padding.
         null_keys: number of further keys with logit 0 and value 0 (they see neither scale, bias nor
             affine).
-        own_key, own_value: [B, H, S, D], the row's own K/V for a blend on load: K = lam * key[rows]
+        own_key, own_value: [B, H, S, D], the row's own K/V for a blend: K = lam * key[rows]
             + (1 - lam) * own_key.
         kv_blend: lam, scalar or [B]; needs own_key and own_value.
     """

@@ -1,0 +1,86 @@
+"""Keys and values that are blended with a row's own, written once for all tiles of queries:
+
+    K = lam K[rows] + (1 - lam) K_own
+
+Blended where they are read, every tile of queries would do it again, in the loop that has no
+registers left for it. The largest norms of the new keys (see `reach`) come with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import next_power_of_2
+from .launch import Launch
+from .primitives import Number, Rows, number_at, rows_of, token_offsets, token_pointer
+from .reach import PARTS
+
+
+@triton.jit
+def _blend(x, own, out, row, b, h, start, n, seen, d, lam):
+    """The tokens start + n of (b, h), written and returned: [N, WIDTH] in the dtype of x."""
+    theirs = token_pointer(x, row, h, start) + token_offsets(x, n)[:, None] + d[None, :]
+    mine = token_pointer(own, b, h, start) + token_offsets(own, n)[:, None] + d[None, :]
+    mixed = lam * tl.load(theirs, mask=seen, other=0.0).to(tl.float32)
+    mixed += (1.0 - lam) * tl.load(mine, mask=seen, other=0.0).to(tl.float32)
+    mixed = mixed.to(out.pointer.dtype.element_ty)
+    to = token_pointer(out, b, h, start) + token_offsets(out, n)[:, None] + d[None, :]
+    tl.store(to, mixed, mask=seen)
+    return mixed
+
+
+@triton.jit
+def blend_kernel(
+    key, own_key, out_key, value, own_value, out_value, rows, blend, reach, H, N, parts,
+    D: tl.constexpr, WIDTH: tl.constexpr, RUN_N: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out_key, out_value [B, H, N, D]; reach [B, H, parts]: the largest squared norm of each run of
+    new keys. Rows -1 are left as they are. Grid: (parts, heads, batch rows)."""
+    part = tl.program_id(0)
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    row = b
+    if rows is not None:
+        row = tl.load(rows + b).to(tl.int64)
+    if row >= 0:
+        lam = number_at(blend, b)
+        d = tl.arange(0, WIDTH)
+        n = tl.arange(0, BLOCK_N)
+        most = tl.zeros([BLOCK_N], tl.float32)
+        end = tl.minimum((part + 1) * RUN_N, N)
+        for start in tl.range(part * RUN_N, end, BLOCK_N):
+            seen = (n < end - start)[:, None] & (d < D)[None, :]
+            k = _blend(key, own_key, out_key, row, b, h, start, n, seen, d, lam).to(tl.float32)
+            most = tl.maximum(most, tl.sum(k * k, 1))
+            _blend(value, own_value, out_value, row, b, h, start, n, seen, d, lam)
+        tl.store(reach + (b * H + h) * parts + part, tl.max(most, 0))
+
+
+def blend_launch(
+    pair: tuple[Rows, Rows], own: tuple[Tensor, Tensor], rows: Any, blend: Number
+) -> tuple[Tensor, Tensor, Tensor, Launch]:
+    """(keys and values [B, H, N, D] to be, the reach of the keys to be, what fills all three).
+
+    Args:
+        pair: keys and values.
+        own: those of the batch rows.
+        rows: the row of `pair` for each batch row on the device, or None.
+        blend: lam.
+    """
+    batch, heads, length, dim = own[0].shape
+    key, value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in own)
+    run = max(64, next_power_of_2(-(-length // int(PARTS))))
+    reach = torch.empty(batch, heads, -(-length // run), dtype=torch.float32, device=key.device)
+    args = (
+        pair[0], rows_of(own[0]), rows_of(key), pair[1], rows_of(own[1]), rows_of(value),
+        rows, blend, reach, heads, length, reach.shape[2],
+    )  # fmt: skip
+    constants = {"D": dim, "WIDTH": max(16, next_power_of_2(dim)), "RUN_N": run, "BLOCK_N": 64}
+    grid = (reach.shape[2], heads, batch)
+    options = {"num_warps": 4, "num_stages": 2}
+    return key, value, reach, Launch(blend_kernel, grid, args, constants, options)
