@@ -60,8 +60,8 @@ STREAMING = (
     "quantise",
     "blend",
 )  # no products, no hot loop
-# known to be left: a bias per key, the own loop at 160
-NOT_OVERLAPPED = ("joint", "shared sm_90 160")
+# known to be left
+NOT_OVERLAPPED = ("shared sm_90 160",)
 
 
 class _Shapes:
@@ -219,10 +219,10 @@ def facts(case: str) -> list[dict[str, Any]]:
             fact["turns"] = (1, 0.5) if bounded or kind == "joint" else (1,)
             fact["measures"] = [
                 [
-                    round(loop.instructions / per, 3),
+                    round(loop.instructions / (per * min(steps, 1.0) if steps else per), 3),
                     round(loop.overlap / loop.exponentials, 3),
                 ]
-                for loop in code.loops
+                for loop, steps in zip(code.loops, each, strict=True)
             ]
         found.append(fact)
     return found
