@@ -162,7 +162,7 @@ def test_what_is_missing_is_named(pipe, tmp_path):
         def tokens(self, embeds):
             return embeds
 
-        negative = tokens
+        negative = key_value = tokens
 
     refused(ValueError, "a Bare, does not say what encodes its pictures", adapter=Bare())
 
