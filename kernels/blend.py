@@ -18,7 +18,7 @@ from torch import Tensor
 from .configs import next_power_of_2
 from .launch import Launch
 from .primitives import Number, Rows, number_at, rows_of, token_offsets, token_pointer
-from .reach import PARTS
+from .reach import new_reach
 
 
 @triton.jit
@@ -74,8 +74,7 @@ def blend_launch(
     """
     batch, heads, length, dim = own[0].shape
     key, value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in own)
-    run = max(64, next_power_of_2(-(-length // int(PARTS))))
-    reach = torch.empty(batch, heads, -(-length // run), dtype=torch.float32, device=key.device)
+    reach, run = new_reach(batch, heads, length, key.device)
     args = (
         pair[0], rows_of(own[0]), rows_of(key), pair[1], rows_of(own[1]), rows_of(value),
         rows, blend, reach, heads, length, reach.shape[2],

@@ -29,7 +29,7 @@ from .primitives import (
     token_offsets,
     token_pointer,
 )
-from .reach import PARTS
+from .reach import new_reach
 
 BLOCK = tl.constexpr(128)  # keys that share a scale; a step of the loop never holds more
 _LEVELS = tl.constexpr(127.0)
@@ -172,15 +172,13 @@ def quantise_launch(key: Tensor, center: Tensor) -> tuple[Quantised, Tensor, Lau
     count, heads, length, dim = key.shape
     width = quantised_width(dim)
     blocks = -(-length // int(BLOCK))
-    run = max(int(BLOCK), next_power_of_2(-(-length // int(PARTS))))
-    parts = -(-length // run)
+    reach, run = new_reach(count, heads, length, key.device, least=int(BLOCK))
     k8 = torch.empty(count, heads, length, width, dtype=torch.int8, device=key.device)
     scales = torch.empty(count, heads, blocks, dtype=torch.float32, device=key.device)
-    reach = torch.empty(count, heads, parts, dtype=torch.float32, device=key.device)
     rows = Rows(k8, k8.stride(0), k8.stride(1), k8.stride(2), aligned=None)
     quantised = Quantised(rows, scales, scales.stride(0), blocks, center, center.stride(0))
-    args = (rows_of(key), center, k8, scales, reach, heads, length, blocks, parts)
+    args = (rows_of(key), center, k8, scales, reach, heads, length, blocks, reach.shape[2])
     constants = {"D": dim, "WIDTH": next_power_of_2(width), "STORED": width, "RUN_N": run}
     options = {"num_warps": 4, "num_stages": 2}
-    launch = Launch(quantise_kernel, (parts, heads, count), args, constants, options)
+    launch = Launch(quantise_kernel, (reach.shape[2], heads, count), args, constants, options)
     return quantised, reach, launch

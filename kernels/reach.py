@@ -75,11 +75,19 @@ def highest_bias(reach, row):
         return tl.load(reach.bias + row * reach.bias_stride)
 
 
+def new_reach(
+    rows: int, heads: int, length: int, device: torch.device, least: int = 64
+) -> tuple[Tensor, int]:
+    """(what will hold the reach [rows, H, parts] of keys, the tokens of a part: `least` or more)."""
+    run = max(least, next_power_of_2(-(-length // int(PARTS))))
+    parts = -(-length // run)
+    return torch.empty(rows, heads, parts, dtype=torch.float32, device=device), run
+
+
 def reach_launch(key: Tensor) -> tuple[Tensor, Launch]:
     """(what will hold the reach [R, H, parts] of keys, the launch that fills it)."""
     count, heads, length, dim = key.shape
-    run = max(64, next_power_of_2(-(-length // int(PARTS))))
-    out = torch.empty(count, heads, -(-length // run), dtype=torch.float32, device=key.device)
+    out, run = new_reach(count, heads, length, key.device)
     constants = {"D": dim, "WIDTH": max(16, next_power_of_2(dim)), "RUN_N": run, "BLOCK_N": 64}
     grid = (out.shape[2], heads, count)
     args = (rows_of(key), out, heads, length, out.shape[2])
