@@ -78,7 +78,7 @@ def highest_bias(reach, row):
 def new_reach(
     rows: int, heads: int, length: int, device: torch.device, least: int = 64
 ) -> tuple[Tensor, int]:
-    """(what will hold the reach [rows, H, parts] of keys, the tokens of a part: `least` or more)."""
+    """(what will hold the reach [rows, H, parts] of keys, tokens of a part: at least `least`)."""
     run = max(least, next_power_of_2(-(-length // int(PARTS))))
     parts = -(-length // run)
     return torch.empty(rows, heads, parts, dtype=torch.float32, device=device), run
