@@ -27,6 +27,7 @@ _NVIDIA_JUMP = re.compile(r"`\((\.L_x_\d+)\)")
 _AMD_CODE = re.compile(r"^\s+([a-z]\w+)(.*)")
 _AMD_LABEL = re.compile(r"^(\.LBB\d+_\d+):")
 _AMD_JUMP = re.compile(r"(\.LBB\d+_\d+)\s*$")
+_WAIT = "WARPGROUP.DEPBAR"
 _WARPS = 4  # of a warp group
 
 Instruction = tuple[str, str]
@@ -43,6 +44,7 @@ class Loop:
             not tell (sm_100), and for fp32 those of the ordinary cores.
         spills: loads and stores of registers that did not fit.
         overlap: exponentials between the issue of products and the wait for them (sm_90).
+        waits: for products (sm_90).
     """
 
     instructions: int
@@ -50,6 +52,7 @@ class Loop:
     products: int
     spills: int
     overlap: int
+    waits: int
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def _overlap(loop: list[Instruction]) -> int:
     for at, (opcode, _) in enumerate(loop * 2):
         if opcode.startswith(TENSOR_CORES["sm_90"]) and pending is None:
             pending = 0
-        elif opcode.startswith("WARPGROUP.DEPBAR"):
+        elif opcode.startswith(_WAIT):
             count += pending or 0 if at >= turn else 0
             pending = None
         elif opcode.startswith("MUFU.EX2") and pending is not None:
@@ -145,7 +148,8 @@ def _nvidia(kernel: Any, arch: str, warps: int) -> Code:
         on_unit = [o for o in opcodes if o.startswith(unit)]
         products = sum(_products(o, warps) for o in on_unit or opcodes)
         spills = sum(o.startswith(("LDL", "STL")) for o in opcodes)
-        hot.append(Loop(len(loop), exponentials, products, spills, _overlap(loop)))
+        waits = sum(o.startswith(_WAIT) for o in opcodes)
+        hot.append(Loop(len(loop), exponentials, products, spills, _overlap(loop), waits))
     return Code(
         int(found.group(1)),
         int(found.group(2)),
@@ -171,8 +175,9 @@ def _amd(kernel: Any, warps: int) -> Code:
         if exponentials < 4 or not products:
             continue
         spills = sum(o.startswith(("scratch_", "buffer_store_dword_off")) for o in opcodes)
-        hot.append(Loop(len(loop), exponentials, products, spills, 0))
+        hot.append(Loop(len(loop), exponentials, products, spills, 0, 0))
     matrix = len(re.findall(r"^\s+v_mfma", assembly, re.M))
     integer = len(re.findall(r"^\s+v_mfma_i32", assembly, re.M))
-    stack, spilled = number("private_segment_fixed_size"), number("vgpr_spill_count")
+    stack = number("private_segment_fixed_size")
+    spilled = number("vgpr_spill_count") if stack else 0  # else from one register file to the other
     return Code(number("vgpr_count"), stack, spilled, matrix, integer, tuple(hot))

@@ -26,27 +26,33 @@ from .primitives import (
     LOG2E,
     UNREACHABLE,
     add_tiles,
+    dot_high,
+    dot_low,
     dot_pv,
     dot_qk,
     empty_state,
     finish,
     fold_query,
+    load_sums,
     load_tile,
     map_values,
     merge_states,
     number_at,
     number_rows,
     scale_rows,
-    squares,
+    settled,
     store_tile,
     within_range,
     zero_tile,
 )
 from .quantised import fold_quantised, products_quantised, scales_at
-from .reach import highest_bias, reach_of
+from .reach import logits_within
 
-# log2 units: 2^80 times a million keys times values of 2^27 is within fp32; larger may overflow
-BOUND = tl.constexpr(80.0)
+# How far exponents may be above and the largest of a row below a maximum that stays, in log2 units:
+# 2^80 times a million keys times values of 2^27 is within fp32 (larger may overflow), and beside
+# 2^-100 what fp32 calls zero is nothing.
+ABOVE = tl.constexpr(80.0)
+BELOW = tl.constexpr(100.0)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,14 +102,14 @@ def _load_bias(segment, row, start, n, keep):
 
 
 @triton.jit
-def _load(x, segment, row, h, start, n, valid, D: tl.constexpr):
-    """The chunks of the keys or values start + n; zeros where a bias removes them, since what is
-    removed may hold anything."""
+def _load(x, segment, row, h, start, n, valid, D: tl.constexpr, CHUNKS: tl.constexpr):
+    """The CHUNKS ("low", "high", "all") of the keys or values start + n; zeros where a bias removes
+    them, since what is removed may hold anything."""
     if segment.key_bias is None:
-        return load_tile(x, row, h, start, n, valid, D)
+        return load_tile(x, row, h, start, n, valid, D, CHUNKS)
     else:
         seen = _load_bias(segment, row, start, n, valid) > -float("inf")
-        return load_tile(x, row, h, start, n, seen, D)
+        return load_tile(x, row, h, start, n, seen, D, CHUNKS)
 
 
 @triton.jit
@@ -114,17 +120,44 @@ def _accumulate(acc, total, step, segment, row, h, start, n, valid, D: tl.conste
     p = tl.math.exp2(exponents)
     total = total * decay + tl.sum(p, 1)
     acc = scale_rows(acc, decay)
-    v = _load(segment.value, segment, row, h, start, n, valid, D)
-    return dot_pv(p, v, acc), total
+    v = _load(segment.value, segment, row, h, start, n, valid, D, "all")
+    return _with_values(p, v, acc, segment), total
 
 
 @triton.jit
-def _products(q, segment, row, h, start, n, valid, D: tl.constexpr):
-    """[M, N]: raw products with the keys from `start` on."""
+def _with_values(p, v, acc, segment):
+    """acc + p v."""
+    if segment.settled is None:
+        return dot_pv(p, v, acc)
+    else:
+        return settled(dot_pv(p, v, acc))
+
+
+@triton.jit
+def _early(q, segment, row, h, start, n, valid, D: tl.constexpr):
+    """[M, N]: the products of the first of two chunks, a turn ahead of those of the second; n,
+    which stands for nothing, where a turn issues both.
+
+    On sm_90 the compiler waits for the first before it issues the second. It runs nothing next to
+    products any more where those of the values are under way across such a wait: with two chunks
+    they are `settled` in their turn.
+    """
+    if segment.early is None:
+        return n
+    else:
+        return dot_low(q, _load(segment.key, segment, row, h, start, n, valid, D, "low"))
+
+
+@triton.jit
+def _products(early, q, segment, row, h, start, n, valid, D: tl.constexpr):
+    """[M, N]: raw products with the keys from `start` on; early: what `_early` gave for them."""
     if segment.quantised.blocks is not None:
         return products_quantised(q, segment, row, h, start, n, valid, D)
+    elif segment.early is None:
+        return dot_qk(q, _load(segment.key, segment, row, h, start, n, valid, D, "all"))
     else:
-        return dot_qk(q, _load(segment.key, segment, row, h, start, n, valid, D))
+        high = _load(segment.key, segment, row, h, start, n, valid, D, "high")
+        return dot_high(early, q, high)
 
 
 @triton.jit
@@ -152,7 +185,8 @@ def _attend(state, q, scale, segment, row, h, D: tl.constexpr, BLOCK_N: tl.const
     n = tl.arange(0, BLOCK_N)
     if segment.single is not None:
         valid = n < segment.length
-        s = _products(q, segment, row, h, 0, n, valid, D)
+        early = _early(q, segment, row, h, 0, n, valid, D)
+        s = _products(early, q, segment, row, h, 0, n, valid, D)
         level = _scale(scale, segment, row, h, 0)
         exponents, decay, top = _measure(s, top, level, segment, row, 0, n, valid)
         step = (exponents, decay)
@@ -162,17 +196,20 @@ def _attend(state, q, scale, segment, row, h, D: tl.constexpr, BLOCK_N: tl.const
         # the columns that were seen before
         full = (segment.length - 1) // BLOCK_N
         last = segment.length - BLOCK_N
-        s = _products(q, segment, row, h, 0, n, None, D)
+        early = _early(q, segment, row, h, 0, n, None, D)
+        s = _products(early, q, segment, row, h, 0, n, None, D)
         level = _scale(scale, segment, row, h, 0)
         exponents, decay, top = _measure(s, top, level, segment, row, 0, n, None)
+        early = _early(q, segment, row, h, tl.minimum(BLOCK_N, last), n, None, D)
         for i in tl.range(1, full):
             at = i * BLOCK_N
-            s = _products(q, segment, row, h, at, n, None, D)
+            s = _products(early, q, segment, row, h, at, n, None, D)
             step = (exponents, decay)
             acc, total = _accumulate(acc, total, step, segment, row, h, at - BLOCK_N, n, None, D)
             level = _scale(scale, segment, row, h, at)
             exponents, decay, top = _measure(s, top, level, segment, row, at, n, None)
-        s = _products(q, segment, row, h, last, n, None, D)
+            early = _early(q, segment, row, h, tl.minimum(at + BLOCK_N, last), n, None, D)
+        s = _products(early, q, segment, row, h, last, n, None, D)
         step = (exponents, decay)
         before = (full - 1) * BLOCK_N
         acc, total = _accumulate(acc, total, step, segment, row, h, before, n, None, D)
@@ -189,8 +226,8 @@ def _add(acc, total, exponents, segment, row, h, start, n, D: tl.constexpr):
     """A step below a maximum that stays: nothing decays."""
     p = tl.math.exp2(exponents)
     total += tl.sum(p, 1)
-    v = _load(segment.value, segment, row, h, start, n, None, D)
-    return dot_pv(p, v, acc), total
+    v = _load(segment.value, segment, row, h, start, n, None, D, "all")
+    return _with_values(p, v, acc, segment), total
 
 
 @triton.jit
@@ -200,16 +237,19 @@ def _attend_below(state, q, scale, segment, row, h, D: tl.constexpr, BLOCK_N: tl
     n = tl.arange(0, BLOCK_N)
     full = (segment.length - 1) // BLOCK_N
     last = segment.length - BLOCK_N
-    s = _products(q, segment, row, h, 0, n, None, D)
+    early = _early(q, segment, row, h, 0, n, None, D)
+    s = _products(early, q, segment, row, h, 0, n, None, D)
     level = _scale(scale, segment, row, h, 0)
     exponents = _logits(s, level, segment, row, 0, n, None) - top[:, None]
+    early = _early(q, segment, row, h, tl.minimum(BLOCK_N, last), n, None, D)
     for i in tl.range(1, full):
         at = i * BLOCK_N
-        s = _products(q, segment, row, h, at, n, None, D)
+        s = _products(early, q, segment, row, h, at, n, None, D)
         acc, total = _add(acc, total, exponents, segment, row, h, at - BLOCK_N, n, D)
         level = _scale(scale, segment, row, h, at)
         exponents = _logits(s, level, segment, row, at, n, None) - top[:, None]
-    s = _products(q, segment, row, h, last, n, None, D)
+        early = _early(q, segment, row, h, tl.minimum(at + BLOCK_N, last), n, None, D)
+    s = _products(early, q, segment, row, h, last, n, None, D)
     acc, total = _add(acc, total, exponents, segment, row, h, (full - 1) * BLOCK_N, n, D)
     keep = n + last >= full * BLOCK_N
     s = _level(s, segment, row, h, last, n)
@@ -219,27 +259,35 @@ def _attend_below(state, q, scale, segment, row, h, D: tl.constexpr, BLOCK_N: tl
 
 
 @triton.constexpr_function
-def step_width(block_n, narrow):
-    """Keys of a step: a bias per key needs registers that a step of 128 has not."""
-    return 64 if narrow and block_n > 64 else block_n
+def step_width(block_n, head_dim, biased, running):
+    """Keys of a step: a bias for each of them needs registers."""
+    wide = head_dim < 128 or (head_dim == 128 and not running)
+    return min(block_n, 64 if wide else 32) if biased else block_n
 
 
 @triton.jit
-def _attend_bounded(state, q, scale, segment, row, h, D: tl.constexpr, BLOCK_N: tl.constexpr):
+def _attend_bounded(
+    state, q, scale, segment, row, h, FRESH: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """`_attend`, without a running maximum where the logits of all rows of the tile are bounded
-    such that no exponential leaves the range of fp32 (and of bf16, which has the same): any number
-    will do as the maximum, say that of the segments before."""
-    NARROW: tl.constexpr = segment.key_bias is not None and segment.single is None
-    STEP: tl.constexpr = step_width(BLOCK_N, NARROW)
+    such that no exponential leaves the range of fp32 (and of bf16, which has the same), and no sum
+    of them falls out of it: then ABOVE under the bound is a maximum that may stay."""
+    BIASED: tl.constexpr = segment.key_bias is not None and segment.single is None
+    STEP: tl.constexpr = step_width(BLOCK_N, D, BIASED, segment.reach.pointer is None)
     if segment.reach.pointer is None:
         return _attend(state, q, scale, segment, row, h, D, STEP)
     else:
-        acc, total, top = state
-        level = highest_bias(segment.reach, row) * LOG2E
-        fixed = tl.where(top == -float("inf"), level, top)
-        far = scale * tl.sqrt_rn(squares(q)) * reach_of(segment.reach, row, h)
-        far += tl.abs(fixed - level)
-        if tl.max(tl.where(far <= BOUND, 0, 1), 0) == 0:  # a NaN is beyond any bound
+        middle, span = logits_within(q, scale, segment, row, h, D)
+        room = ABOVE + BELOW
+        if segment.reach.anchored is None:  # the largest logit may be as far below the middle
+            room = room / 2
+        fits = (span <= room) & (tl.abs(middle) < float("inf"))
+        if tl.min(tl.where(fits, 1, 0), 0) == 1:  # a NaN does not fit
+            acc, total, top = state
+            fixed = tl.maximum(top, middle + span - ABOVE)
+            if not FRESH:
+                decay = tl.math.exp2(top - fixed)
+                acc, total = scale_rows(acc, decay), total * decay
             state = _attend_below((acc, total, fixed), q, scale, segment, row, h, D, STEP)
         elif segment.quantised.blocks is None:  # two loops at full size do not fit the registers
             state = _attend(state, q, scale, segment, row, h, D, min(STEP, BLOCK_N // 2))
@@ -266,7 +314,7 @@ def _segment(
         shift += within_range(number_at(segment.logit_bias, b)) * LOG2E
         moved = before - shift
         state = (acc, total, moved)
-        acc, total, top = _attend_bounded(state, q, scale, segment, row, h, D, BLOCK_N)
+        acc, total, top = _attend_bounded(state, q, scale, segment, row, h, FRESH, D, BLOCK_N)
         # a maximum that stays comes back as it was, however far away the segment's frame is
         top = top + shift if FRESH else tl.where(top == moved, before, top + shift)
     else:
@@ -355,7 +403,13 @@ def attention_kernel(
         tl.store(branch.lse + at + m, logsum, mask=valid)
         if branch.weight.value is not None:
             weight = number_rows(branch.weight, b, start + m, valid)
-            result = add_tiles(result, scale_rows(acc, factor * weight))
+            acc = scale_rows(acc, factor * weight)
+            if branch.gets is not None:
+                acc = add_tiles(acc, load_sums(branch.gets + at * D, place, D))
+            if branch.puts is not None:
+                store_tile(branch.puts + at * D, D, m, valid, acc, D)
+            else:
+                result = add_tiles(result, acc)
     at = ((b * L + start) * H + h) * D
     store_tile(out + at, H * D, m, valid, result, D)
 

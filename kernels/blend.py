@@ -3,7 +3,7 @@
     K = lam K[rows] + (1 - lam) K_own
 
 Blended where they are read, every tile of queries would do it again, in the loop that has no
-registers left for it. The largest norms of the new keys (see `reach`) come with it.
+registers left for it. The reach of the new keys (see `reach`) comes with it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,24 @@ from torch import Tensor
 from .configs import next_power_of_2
 from .launch import Launch
 from .primitives import Number, Rows, number_at, rows_of, token_offsets, token_pointer
-from .reach import new_reach
+from .reach import distances, new_reach
 
 
 @triton.jit
 def _blend(x, own, out, row, b, h, start, n, seen, d, lam):
-    """The tokens start + n of (b, h), written and returned: [N, WIDTH] in the dtype of x."""
+    """The tokens start + n of (b, h): [N, WIDTH] in the dtype of `out`."""
     theirs = token_pointer(x, row, h, start) + token_offsets(x, n)[:, None] + d[None, :]
     mine = token_pointer(own, b, h, start) + token_offsets(own, n)[:, None] + d[None, :]
     mixed = lam * tl.load(theirs, mask=seen, other=0.0).to(tl.float32)
     mixed += (1.0 - lam) * tl.load(mine, mask=seen, other=0.0).to(tl.float32)
-    mixed = mixed.to(out.pointer.dtype.element_ty)
+    return mixed.to(out.pointer.dtype.element_ty)
+
+
+@triton.jit
+def _put(out, tokens, b, h, start, n, seen, d):
+    """Write the tokens start + n of (b, h)."""
     to = token_pointer(out, b, h, start) + token_offsets(out, n)[:, None] + d[None, :]
-    tl.store(to, mixed, mask=seen)
-    return mixed
+    tl.store(to, tokens, mask=seen)
 
 
 @triton.jit
@@ -39,8 +43,8 @@ def blend_kernel(
     key, own_key, out_key, value, own_value, out_value, rows, blend, reach, H, N, parts,
     D: tl.constexpr, WIDTH: tl.constexpr, RUN_N: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out_key, out_value [B, H, N, D]; reach [B, H, parts]: the largest squared norm of each run of
-    new keys. Rows -1 are left as they are. Grid: (parts, heads, batch rows)."""
+    """out_key, out_value [B, H, N, D]; reach [B, H, parts]: that of each run of new keys (see
+    `reach`). Rows -1 are left as they are. Grid: (parts, heads, batch rows)."""
     part = tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -52,12 +56,17 @@ def blend_kernel(
         d = tl.arange(0, WIDTH)
         n = tl.arange(0, BLOCK_N)
         most = tl.zeros([BLOCK_N], tl.float32)
+        zero = tl.zeros([1], tl.int32)
+        first = _blend(key, own_key, out_key, row, b, h, 0, zero, d[None, :] < D, d, lam)
+        anchor = tl.sum(first.to(tl.float32), 0)
         end = tl.minimum((part + 1) * RUN_N, N)
         for start in tl.range(part * RUN_N, end, BLOCK_N):
             seen = (n < end - start)[:, None] & (d < D)[None, :]
-            k = _blend(key, own_key, out_key, row, b, h, start, n, seen, d, lam).to(tl.float32)
-            most = tl.maximum(most, tl.sum(k * k, 1))
-            _blend(value, own_value, out_value, row, b, h, start, n, seen, d, lam)
+            k = _blend(key, own_key, out_key, row, b, h, start, n, seen, d, lam)
+            _put(out_key, k, b, h, start, n, seen, d)
+            most = tl.maximum(most, distances(k.to(tl.float32), anchor, seen))
+            v = _blend(value, own_value, out_value, row, b, h, start, n, seen, d, lam)
+            _put(out_value, v, b, h, start, n, seen, d)
         tl.store(reach + (b * H + h) * parts + part, tl.max(most, 0))
 
 

@@ -167,6 +167,7 @@ def attention_tile(
     *,
     heavy: bool = False,
     crowded: bool = False,
+    running: bool = False,
 ) -> Tile:
     """The launch configuration of the attention kernel.
 
@@ -176,6 +177,7 @@ def attention_tile(
         length: number of queries; longest: number of keys of the longest segment.
         heavy: the kernel needs room in registers: a second accumulator, or a bias per key.
         crowded: it needs more: a second accumulator during a long loop.
+        running: no softmax does without a running maximum.
     """
     width = low_width(head_dim) + high_width(head_dim)
     tile = TILES[arch, itemsize][next(i for i, limit in enumerate(_WIDTHS) if width <= limit)]
@@ -185,6 +187,8 @@ def attention_tile(
         tile = replace(tile, block_n=64, stages=min(tile.stages, 2))
     if heavy and arch == "sm_89":  # its registers hold no step in flight next to a key bias
         tile = replace(tile, stages=1)
+    if running and arch == "sm_90" and high_width(head_dim) > 0:
+        tile = replace(tile, stages=min(tile.stages, 2))
     if length <= 64 and tile.block_m == 128:
         tile = replace(tile, block_m=64, warps=4)
     if longest <= 32 and tile.block_n > 32:  # a few image tokens: one small step

@@ -18,6 +18,7 @@ from .configs import (
     Tile,
     attention_tile,
     decoupled_tile,
+    high_width,
     is_bounded,
     is_parked,
     is_quantised,
@@ -144,6 +145,8 @@ def _segment(segment: Segment, rows: Tensor | None, batch: int) -> SegmentArgs:
         signed=None,
         reach=NO_REACH,
         quantised=NOT_QUANTISED,
+        settled=None,
+        early=None,
     )
 
 
@@ -236,6 +239,8 @@ def _branches(query: Tensor, branches: Sequence[Branch], lse: Tensor) -> _Argume
                 weight=NO_NUMBER if silent else _number(branch.weight),
                 park=NO_ROWS,
                 lse=lse[index],
+                gets=None,
+                puts=None,
             )
         )
     # the first loop runs without a second accumulator
@@ -267,12 +272,41 @@ def _with_capabilities(branch: BranchArgs, scale: float, block_n: int) -> Branch
     return branch._replace(segments=tuple(mark(s) for s in branch.segments))
 
 
+def _with_turns(branch: BranchArgs, dim: int, first: bool) -> BranchArgs:
+    """A branch on sm_90: which products a turn issues and waits for (see `attention._early`).
+    first: no branch is before it."""
+
+    def mark(s: SegmentArgs) -> SegmentArgs:
+        running = s.reach.pointer is None
+        if high_width(dim) == 0:  # the compiler gives up on the loop of a second branch alone
+            return s._replace(settled=1) if dim == 128 and running and not first else s
+        early = s.quantised.blocks is None and not (running and dim < 128)
+        return s._replace(settled=1, early=1 if early else None)
+
+    return branch._replace(segments=tuple(mark(s) for s in branch.segments))
+
+
 def _with_park(branch: BranchArgs, out: Tensor) -> BranchArgs:
     """A branch that folds anything into a query of the output's dtype puts it there for a while."""
     folds = branch.query_map.scale is not None or branch.content.pointer is not None
     folds |= any(s.key_map.scale is not None for s in branch.segments)
     folds &= out.dtype != torch.float32
     return branch._replace(park=rows_of(out)) if folds else branch
+
+
+def _with_sums(branches: tuple[BranchArgs, ...], like: Tensor) -> tuple[BranchArgs, ...]:
+    """Branches whose sum is in memory, not in registers, while the next of them is computed."""
+    heard = [i for i, b in enumerate(branches) if b.weight.value is not None]
+    if len(heard) < 2:
+        return branches
+    sums = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    return tuple(
+        b._replace(
+            gets=sums if i in heard[1:] else None,
+            puts=sums if i in heard[:-1] else None,
+        )
+        for i, b in enumerate(branches)
+    )
 
 
 def _identity(key: Tensor) -> Any:
@@ -328,14 +362,18 @@ def _with_reach(
         if s.logit_bias.stride_l is not None or s.single is not None or s.length < least:
             return s
         known = _identity(s.key.pointer)
+        highest = None
+        if s.key_bias is not None:  # how far keys reach depends on which of them it removes
+            known = known, _identity(s.key_bias)
+            highest = s.key_bias.amax(-1)
         if known not in made:
-            made[known], launch = reach_launch(s.key.pointer)
+            made[known], launch = reach_launch(s.key.pointer, s.key_bias, s.key_bias_stride)
             launches.append(launch)
         out = made[known]
         stride = 0 if s.key.stride_b == 0 else out.stride(0)
-        highest = None if s.key_bias is None else s.key_bias.amax(-1)
         step = 0 if s.key_bias_stride == 0 else 1
-        return s._replace(reach=Reach(out, stride, out.shape[2], highest, step))
+        anchored = 1 if s.key_bias is None and s.quantised.blocks is None else None
+        return s._replace(reach=Reach(out, stride, out.shape[2], highest, step, anchored))
 
     marked = tuple(b._replace(segments=tuple(mark(s) for s in b.segments)) for b in branches)
     return marked, tuple(launches)
@@ -379,7 +417,9 @@ def plan(
         heavy |= any(s.value_map.scale is not None for a in arguments for s in a.segments[1:])
         longest = max(keys, default=1)
         crowded = any(s.length > _SHORT for a in arguments[1:] for s in a.segments)
-        room = {"heavy": heavy, "crowded": crowded}
+        crowded |= heavy and arch == "sm_90" and high_width(dim) > 0
+        bounded = query.dtype == torch.bfloat16 and is_bounded(arch, dim)
+        room = {"heavy": heavy, "crowded": crowded, "running": not bounded}
         tile = attention_tile(arch, dim, query.element_size(), length, longest, **room)
         known = find(arch, query.dtype, dim, length, longest, batch * heads)
         if known is not None and known.tile is not None and not heavy:
@@ -389,11 +429,15 @@ def plan(
         if fast:
             arguments, quantised, more = _with_quantised(arguments, reach)
             reach, before = {**reach, **quantised}, (*before, *more)
-        if query.dtype == torch.bfloat16 and is_bounded(arch, dim):
+        if bounded:
             arguments, more = _with_reach(arguments, BOUNDED[arch], reach)
             before = (*before, *more)
+        if arch in ("sm_90", "interpreter") and query.element_size() == 2:
+            arguments = tuple(_with_turns(a, dim, i == 0) for i, a in enumerate(arguments))
         if is_parked(arch, dim):
             arguments = tuple(_with_park(a, out) for a in arguments)
+        if dim >= 128:
+            arguments = _with_sums(arguments, query)
         args = (out, arguments, found.order, heads, length, scale2)
     grid = (-(-length // tile.block_m), heads, batch)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}

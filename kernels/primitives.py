@@ -19,6 +19,7 @@ from .configs import high_width, low_width
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 UNREACHABLE = tl.constexpr(2.0**126)  # a running maximum under which every exponential is exactly 0
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 FARTHEST = tl.constexpr(1e38)  # a finite bias beyond this would leave fp32 in log2 units
 HALF_ROOM = tl.constexpr(
     16384.0
@@ -87,6 +88,8 @@ class SegmentArgs(NamedTuple):
     signed: Any  # 1: the logit scale may be negative
     reach: Any  # how far the keys reach: the softmax may do without a running maximum
     quantised: Any  # the keys as INT8
+    settled: Any  # 1: the products with the values are waited for in their turn
+    early: Any  # 1: the products of the first of two chunks of keys are issued a turn ahead
 
 
 class BranchArgs(NamedTuple):
@@ -102,6 +105,8 @@ class BranchArgs(NamedTuple):
     weight: Any
     park: Any  # Rows of the output: folded queries are put there and read again
     lse: Any  # [B, H, L] fp32, to be filled
+    gets: Any  # [B, H, L, D] fp32: the sum of the branches before, where no register holds it
+    puts: Any  # the same, for the branches after
 
 
 @triton.jit
@@ -167,15 +172,19 @@ def load_chunk(pointer, offsets, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def load_tile(x, b, h, start, n, valid, D: tl.constexpr):
-    """The chunks ([N, D1],) or ([N, D1], [N, D2]) of the tokens start + n of (b, h)."""
+def load_tile(x, b, h, start, n, valid, D: tl.constexpr, CHUNKS: tl.constexpr = "all"):
+    """The chunks ([N, D1],) or ([N, D1], [N, D2]) of the tokens start + n of (b, h); CHUNKS: "low"
+    or "high" for that one alone."""
     at = token_pointer(x, b, h, start)
     offsets = token_offsets(x, n)
-    low = load_chunk(at, offsets, valid, 0, low_width(D), D)
-    if high_width(D) == 0:
-        return (low,)
+    if CHUNKS == "high":
+        return (load_chunk(at, offsets, valid, low_width(D), high_width(D), D),)
     else:
-        return (low, load_chunk(at, offsets, valid, low_width(D), high_width(D), D))
+        low = load_chunk(at, offsets, valid, 0, low_width(D), D)
+        if CHUNKS == "low" or high_width(D) == 0:
+            return (low,)
+        else:
+            return (low, load_chunk(at, offsets, valid, low_width(D), high_width(D), D))
 
 
 @triton.jit
@@ -195,6 +204,37 @@ def dot_qk(q, k):
     if len(q) == 2:
         s = tl.dot(q[1], tl.trans(k[1]), s, input_precision="ieee")
     return s
+
+
+@triton.jit
+def dot_low(q, k):
+    """[M, N] fp32: q k^T over the first chunk; k: that chunk."""
+    return tl.dot(q[0], tl.trans(k[0]), input_precision="ieee")
+
+
+@triton.jit
+def dot_high(s, q, k):
+    """[M, N] fp32: s + q k^T over the second chunk; k: that chunk."""
+    return tl.dot(q[1], tl.trans(k[0]), s, input_precision="ieee")
+
+
+@triton.jit
+def settled(acc):
+    """The same chunks, as something that is used: the compiler waits for their products here and
+    not in the next turn of a loop. Costs no instruction."""
+    if INTERPRETED:
+        return acc
+    elif len(acc) == 1:
+        return (_used(acc[0]),)
+    else:
+        return (acc[0], _used(acc[1]))
+
+
+@triton.jit
+def _used(x):
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -235,6 +275,15 @@ def squares(q):
     if len(q) == 2:
         high = q[1].to(tl.float32)
         total += tl.sum(high * high, 1)
+    return total
+
+
+@triton.jit
+def along(q, k):
+    """[M]: the products of the rows of a tile with one key, chunks [1, D]."""
+    total = tl.sum(q[0].to(tl.float32) * k[0].to(tl.float32), 1)
+    if len(q) == 2:
+        total += tl.sum(q[1].to(tl.float32) * k[1].to(tl.float32), 1)
     return total
 
 
@@ -392,6 +441,18 @@ def load_parked(
     return tl.load(
         pointer + m[:, None] * stride_n + d[None, :], mask=seen, other=0.0, volatile=True
     )
+
+
+@triton.jit
+def load_sums(pointer, place, D: tl.constexpr):
+    """The chunks of a tile of [B, H, L, D] fp32 that this program has stored."""
+    _, _, _, _, m, valid = place
+    tl.debug_barrier()
+    low = load_parked(pointer, D, m, valid, 0, low_width(D), D)
+    if high_width(D) == 0:
+        return (low,)
+    else:
+        return (low, load_parked(pointer, D, m, valid, low_width(D), high_width(D), D))
 
 
 @triton.jit

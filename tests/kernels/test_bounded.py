@@ -28,14 +28,51 @@ def loud(spread):
     return query * spread, branches, scale
 
 
+@pytest.fixture
+def both_ways(monkeypatch):
+    """A call as it is and with a running maximum: out, lse of each, checked."""
+
+    def run_both(*call):
+        found = check(*call)
+        with monkeypatch.context() as m:
+            m.setattr(attention, "BELOW", tl.constexpr(-1e3))
+            return *found, *check(*call)
+
+    return run_both
+
+
 @pytest.mark.parametrize("spread", [0.1, 1.0, 6.0, 200.0])
-def test_no_running_maximum_where_logits_are_bounded(spread, monkeypatch):
+def test_no_running_maximum_where_logits_are_bounded(spread, both_ways):
     """Whichever way a tile goes, it is right; small logits go below a maximum that stays."""
-    call = loud(spread)
-    out, lse = check(*call)
-    monkeypatch.setattr(attention, "BOUND", tl.constexpr(-1.0))
-    running, running_lse = check(*call)
-    assert torch.equal(out, running) == (spread > 2)
+    out, lse, running, running_lse = both_ways(*loud(spread))
+    assert torch.equal(out, running) == (spread > 20)
+    assert relative_error(lse, running_lse.double()) < 1e-4
+
+
+@pytest.mark.parametrize("dim", [40, 64])
+@pytest.mark.parametrize("blend", [None, 0.5])
+def test_a_mean_that_keys_share_is_not_what_bounds_them(blend, dim, both_ways):
+    """It moves all logits of a query alike, here by thousands."""
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 1, 70, dim, generator=g) for _ in range(3))
+    key = (key + 200 * torch.randn(1, 1, 1, dim, generator=g)).bfloat16()
+    query, value = query.bfloat16(), value.bfloat16()
+    assert float((query.float() @ key.float().mT).abs().max()) * dim**-0.5 > 300
+    own = {} if blend is None else {"own_key": key.flip(0), "own_value": value, "kv_blend": blend}
+    out, lse, running, running_lse = both_ways(query, (Branch((Segment(key, value, **own),)),))
+    assert not torch.equal(out, running)
+    assert relative_error(lse, running_lse.double()) < 1e-4
+
+
+@pytest.mark.parametrize("far", [-400.0, -90.0, 90.0, 400.0])
+def test_a_maximum_that_stays_follows_segments_upwards(far, both_ways):
+    """One segment far above or below those around it, further than exponentials reach."""
+    spec = BranchSpec((SegmentSpec(70), SegmentSpec(90), SegmentSpec(80)))
+    query, branches, scale = CallSpec(2, 1, 9, 40, (spec,), torch.bfloat16).build()
+    first, second, third = branches[0].segments
+    call = query, (Branch((first, replace(second, logit_bias=far), third)),), scale
+    out, lse, running, running_lse = both_ways(*call)
+    assert not torch.equal(out, running)
     assert relative_error(lse, running_lse.double()) < 1e-4
 
 
@@ -50,18 +87,14 @@ BIASES = {
 
 @pytest.mark.parametrize("rows", ["", "holes"])
 @pytest.mark.parametrize("kind", BIASES)
-def test_no_running_maximum_with_a_bias_for_each_key(kind, rows, monkeypatch):
+def test_no_running_maximum_with_a_bias_for_each_key(kind, rows, both_ways):
     """The highest bias of a row takes the place of its maximum."""
     spec = CallSpec(2, 1, 70, 40, (one(key_bias="row", key_rows=rows),), torch.bfloat16, means=0.5)
     query, branches, scale = spec.build()
     first, second = branches[0].segments
     biased = replace(second, key_bias=BIASES[kind](second.key_bias))
     for segments in ((first, biased), (biased,)):
-        call = query, (Branch(segments),), scale
-        out, lse = check(*call)
-        with monkeypatch.context() as m:
-            m.setattr(attention, "BOUND", tl.constexpr(-1.0))
-            running, running_lse = check(*call)
+        out, lse, running, running_lse = both_ways(query, (Branch(segments),), scale)
         if segments == (biased,) and kind == "small":
             assert not torch.equal(out, running)
         finite = running_lse.isfinite()
@@ -79,7 +112,8 @@ def test_blended_keys_are_written_once():
     launch = launch_of(query, normal, sigma, query, query, "interpreter")
     segment = normal[0].segments[1]
     (found,) = (s for s in launch.args[1][0].segments if s.length == segment.key.shape[2])
-    launch.before[0].run(query.device)
+    for before in launch.before:
+        before.run(query.device)
     for rows, theirs, own in (
         (found.key, segment.key, segment.own_key),
         (found.value, segment.value, segment.own_value),
@@ -94,8 +128,10 @@ def test_blended_keys_are_written_once():
         assert r < 0 or torch.equal(found.key_bias[b], segment.key_bias[r])
     reach, keys = found.reach.pointer, found.key.pointer.float()
     alive = torch.tensor(kept) >= 0
+    assert found.reach.anchored is None  # keys with a bias each have no anchor
+    seen = keys.masked_fill((found.key_bias == -math.inf)[:, None, :, None], 0.0)
     assert torch.allclose(
-        reach.amax(-1).sqrt()[alive], keys.norm(dim=-1).amax(-1)[alive], rtol=1e-5
+        reach.amax(-1).sqrt()[alive], seen.norm(dim=-1).amax(-1)[alive], rtol=1e-5
     )
 
 
@@ -193,6 +229,26 @@ def test_reach_is_found_once_for_shared_keys():
     before.run(query.device)
     reach = launch.args[1][0].segments[1].reach.pointer
     key = branches[0].segments[0].key.float()
-    assert torch.allclose(reach.amax(-1).sqrt(), key.norm(dim=-1).amax(-1), rtol=1e-6)
+    away = (key - key[:, :, :1]).norm(dim=-1)
+    assert torch.allclose(reach.amax(-1).sqrt(), away.amax(-1), rtol=1e-6)
     halves = normalize("test", query.half(), adain_call(torch.float16)[1], None)
     assert not launch_of(query.half(), *halves, query, query, "interpreter").before
+
+
+@pytest.mark.parametrize("dim", [40, 128, 160])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16", "bfloat16"])
+def test_sums_of_branches_in_memory(dtype, dim):
+    """Several branches of wide heads, one of which adds nothing to the output: what the others sum
+    up to is in memory while the next is computed."""
+    lengths = ((70,), (9, 33), (90,), (50,))
+    specs = tuple(BranchSpec(tuple(map(SegmentSpec, n)), weight="query") for n in lengths)
+    query, branches, scale = CallSpec(2, 1, 9, dim, specs, dtype).build()
+    silent = replace(branches[2], weight=0.0)
+    for chosen in (branches, (*branches[:2], silent, branches[3]), (silent, branches[0])):
+        check(query, chosen, scale)
+    normal, sigma = normalize("test", query, (*branches[:2], silent, branches[3]), scale)
+    lse = torch.empty(4, *query.shape[:3])
+    launch = launch_of(query, normal, sigma, query, lse, "interpreter")
+    held = [(b.gets is not None, b.puts is not None) for b in launch.args[1]]
+    wide = [(False, False), (False, True), (True, True), (True, False)]
+    assert held == (wide if dim >= 128 else [(False, False)] * 4)

@@ -75,15 +75,16 @@ def test_the_stored_baseline_knows_the_cases():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("spoil", "reason"),
+    ("spoil", "head_dim", "reason"),
     [
-        ("warps", "spills in a hot loop"),
-        ("twice", "a turn has the products of 1.5 steps"),
-        ("unrotated", "of the exponentials overlap"),
+        ("warps", 64, "spills in a hot loop"),
+        ("twice", 64, "a turn has the products of 1.5 steps"),
+        ("unrotated", 64, "of the exponentials overlap"),
+        ("unsettled", 80, "a turn waits 13 times for products"),
     ],
 )
-def test_the_gate_refuses_a_spoiled_kernel(spoil, reason):
-    (line,) = gate("--spoil", spoil, "plain sm_90 64 bfloat16").values()
+def test_the_gate_refuses_a_spoiled_kernel(spoil, head_dim, reason):
+    (line,) = gate("--spoil", spoil, f"plain sm_90 {head_dim} bfloat16").values()
     assert any(reason in fault for fault in line["faults"]), line["faults"]
 
 
