@@ -102,14 +102,14 @@ def _load_bias(segment, row, start, n, keep):
 
 
 @triton.jit
-def _load(x, segment, row, h, start, n, valid, D: tl.constexpr, CHUNKS: tl.constexpr):
-    """The CHUNKS ("low", "high", "all") of the keys or values start + n; zeros where a bias removes
+def _load(x, segment, row, h, start, n, valid, D: tl.constexpr, PART: tl.constexpr):
+    """The chunks of the keys or values start + n (see `load_tile`); zeros where a bias removes
     them, since what is removed may hold anything."""
     if segment.key_bias is None:
-        return load_tile(x, row, h, start, n, valid, D, CHUNKS)
+        return load_tile(x, row, h, start, n, valid, D, PART)
     else:
         seen = _load_bias(segment, row, start, n, valid) > -float("inf")
-        return load_tile(x, row, h, start, n, seen, D, CHUNKS)
+        return load_tile(x, row, h, start, n, seen, D, PART)
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def _accumulate(acc, total, step, segment, row, h, start, n, valid, D: tl.conste
     p = tl.math.exp2(exponents)
     total = total * decay + tl.sum(p, 1)
     acc = scale_rows(acc, decay)
-    v = _load(segment.value, segment, row, h, start, n, valid, D, "all")
+    v = _load(segment.value, segment, row, h, start, n, valid, D, 0)
     return _with_values(p, v, acc, segment), total
 
 
@@ -145,7 +145,7 @@ def _early(q, segment, row, h, start, n, valid, D: tl.constexpr):
     if segment.early is None:
         return n
     else:
-        return dot_low(q, _load(segment.key, segment, row, h, start, n, valid, D, "low"))
+        return dot_low(q, _load(segment.key, segment, row, h, start, n, valid, D, 1))
 
 
 @triton.jit
@@ -154,9 +154,9 @@ def _products(early, q, segment, row, h, start, n, valid, D: tl.constexpr):
     if segment.quantised.blocks is not None:
         return products_quantised(q, segment, row, h, start, n, valid, D)
     elif segment.early is None:
-        return dot_qk(q, _load(segment.key, segment, row, h, start, n, valid, D, "all"))
+        return dot_qk(q, _load(segment.key, segment, row, h, start, n, valid, D, 0))
     else:
-        high = _load(segment.key, segment, row, h, start, n, valid, D, "high")
+        high = _load(segment.key, segment, row, h, start, n, valid, D, 2)
         return dot_high(early, q, high)
 
 
@@ -226,7 +226,7 @@ def _add(acc, total, exponents, segment, row, h, start, n, D: tl.constexpr):
     """A step below a maximum that stays: nothing decays."""
     p = tl.math.exp2(exponents)
     total += tl.sum(p, 1)
-    v = _load(segment.value, segment, row, h, start, n, None, D, "all")
+    v = _load(segment.value, segment, row, h, start, n, None, D, 0)
     return _with_values(p, v, acc, segment), total
 
 

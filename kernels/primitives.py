@@ -172,16 +172,16 @@ def load_chunk(pointer, offsets, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def load_tile(x, b, h, start, n, valid, D: tl.constexpr, CHUNKS: tl.constexpr = "all"):
-    """The chunks ([N, D1],) or ([N, D1], [N, D2]) of the tokens start + n of (b, h); CHUNKS: "low"
-    or "high" for that one alone."""
+def load_tile(x, b, h, start, n, valid, D: tl.constexpr, PART: tl.constexpr = 0):
+    """The chunks ([N, D1],) or ([N, D1], [N, D2]) of the tokens start + n of (b, h); PART: 1 or 2
+    for that one alone."""
     at = token_pointer(x, b, h, start)
     offsets = token_offsets(x, n)
-    if CHUNKS == "high":
+    if PART == 2:
         return (load_chunk(at, offsets, valid, low_width(D), high_width(D), D),)
     else:
         low = load_chunk(at, offsets, valid, 0, low_width(D), D)
-        if CHUNKS == "low" or high_width(D) == 0:
+        if PART == 1 or high_width(D) == 0:
             return (low,)
         else:
             return (low, load_chunk(at, offsets, valid, low_width(D), high_width(D), D))
