@@ -284,8 +284,9 @@ def _attend_bounded(
         fits = (span <= room) & (tl.abs(middle) < float("inf"))
         if tl.min(tl.where(fits, 1, 0), 0) == 1:  # a NaN does not fit
             acc, total, top = state
-            fixed = tl.maximum(top, middle + span - ABOVE)
+            fixed = middle + span - ABOVE
             if not FRESH:
+                fixed = tl.maximum(top, fixed)
                 decay = tl.math.exp2(top - fixed)
                 acc, total = scale_rows(acc, decay), total * decay
             state = _attend_below((acc, total, fixed), q, scale, segment, row, h, D, STEP)

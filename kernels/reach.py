@@ -90,13 +90,14 @@ def reach_of(reach, row, h):
 def logits_within(q, scale, segment, row, h, D: tl.constexpr):
     """(middle [M], span [M]) in log2 units: every logit of a tile of queries is within `span` of
     the middle. Where keys have an anchor, the largest logit is no less than the middle."""
+    span = scale * tl.sqrt_rn(squares(q)) * reach_of(segment.reach, row, h)
     middle = tl.zeros_like(scale)
     if segment.reach.anchored is not None:
         first = tl.zeros([1], tl.int32)
         middle += scale * along(q, load_tile(segment.key, row, h, 0, first, None, D))
     if segment.reach.bias is not None:
         middle += tl.load(segment.reach.bias + row * segment.reach.bias_stride) * LOG2E
-    return middle, scale * tl.sqrt_rn(squares(q)) * reach_of(segment.reach, row, h)
+    return middle, span
 
 
 def new_reach(
