@@ -292,18 +292,16 @@ def cases() -> Iterator[str]:
                 yield f"shared-int8 {arch} {dim} bfloat16"
         for kind in ("shared-values", "injected", "joint"):
             yield f"{kind} {arch} 64 float16 1000"
-            if arch in configs.BOUNDED:
-                yield f"{kind} {arch} 64 bfloat16"
-                yield f"{kind} {arch} 128 bfloat16"
-        if arch in configs.BOUNDED:
-            for dim in (40, 80, 160):
-                yield f"joint {arch} {dim} bfloat16"
+            for dim in (64, 128) if arch in configs.BOUNDED else ():
+                yield f"{kind} {arch} {dim} bfloat16"
+        for dim in (40, 80, 160) if arch in configs.BOUNDED else ():
+            yield f"joint {arch} {dim} bfloat16"
+            yield f"cross {arch} {dim} bfloat16"
+        yield from (f"cross {arch} {dim} bfloat16" for dim in (64, 128))
+        yield f"joint {arch} 64 bfloat16 512"  # masked keys that no launch before cleans
         yield f"plain {arch} 64 bfloat16 64"  # few queries
         yield f"plain {arch} 64 bfloat16 20"  # few keys
-        for dim in (40, 64, 80, 128, 160) if arch == "sm_90" else (64,):
-            yield f"cross {arch} {dim} bfloat16"
-        for dim in (64, 160):
-            yield f"decoupled {arch} {dim} float16"
+        yield from (f"decoupled {arch} {dim} float16" for dim in (64, 160))
         yield f"decoupled {arch} 64 float32"
         yield f"stats {arch} 64 bfloat16"
         if arch in configs.BOUNDED:

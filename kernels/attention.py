@@ -68,7 +68,10 @@ def _logits(s, scale, segment, row, start, n, keep):
     kept (None: all are)."""
     s = s * scale[:, None]
     if segment.key_bias is not None:
-        s += (_load_bias(segment, row, start, n, keep) * LOG2E)[None, :]
+        bias = _load_bias(segment, row, start, n, keep)
+        if segment.clean is None:
+            bias = within_range(bias) * LOG2E
+        s += bias[None, :]
     if keep is not None:
         s = tl.where(keep[None, :], s, -float("inf"))
     return s
@@ -93,7 +96,7 @@ def _measure(s, top, scale, segment, row, start, n, keep):
 
 @triton.jit
 def _load_bias(segment, row, start, n, keep):
-    """[N]: the biases of the keys start + n, -inf where not kept."""
+    """[N]: the biases of the keys start + n, -inf where not kept; in log2 units where clean."""
     at = segment.key_bias + row * segment.key_bias_stride + start + n
     if keep is None:
         return tl.load(at)
@@ -105,7 +108,7 @@ def _load_bias(segment, row, start, n, keep):
 def _load(x, segment, row, h, start, n, valid, D: tl.constexpr, PART: tl.constexpr):
     """The chunks of the keys or values start + n (see `load_tile`); zeros where a bias removes
     them, since what is removed may hold anything."""
-    if segment.key_bias is None:
+    if segment.key_bias is None or segment.clean is not None:
         return load_tile(x, row, h, start, n, valid, D, PART)
     else:
         seen = _load_bias(segment, row, start, n, valid) > -float("inf")
@@ -259,10 +262,12 @@ def _attend_below(state, q, scale, segment, row, h, D: tl.constexpr, BLOCK_N: tl
 
 
 @triton.constexpr_function
-def step_width(block_n, head_dim, biased, running):
-    """Keys of a step: a bias for each of them needs registers."""
-    wide = head_dim < 128 or (head_dim == 128 and not running)
-    return min(block_n, 64 if wide else 32) if biased else block_n
+def step_width(block_n, head_dim, biased, masked, running):
+    """Keys of a step: next to a running maximum, a bias for each needs registers, and so does
+    leaving out those that it removes."""
+    if biased and head_dim + (masked and running) > 128:
+        return min(block_n, 32)
+    return min(block_n, 64) if masked or (biased and running) else block_n
 
 
 @triton.jit
@@ -273,7 +278,8 @@ def _attend_bounded(
     such that no exponential leaves the range of fp32 (and of bf16, which has the same), and no sum
     of them falls out of it: then ABOVE under the bound is a maximum that may stay."""
     BIASED: tl.constexpr = segment.key_bias is not None and segment.single is None
-    STEP: tl.constexpr = step_width(BLOCK_N, D, BIASED, segment.reach.pointer is None)
+    MASKED: tl.constexpr = BIASED and segment.clean is None
+    STEP: tl.constexpr = step_width(BLOCK_N, D, BIASED, MASKED, segment.reach.pointer is None)
     if segment.reach.pointer is None:
         return _attend(state, q, scale, segment, row, h, D, STEP)
     else:

@@ -185,6 +185,8 @@ def attention_tile(
         tile = replace(tile, stages=min(tile.stages, 2))
     if (crowded or (heavy and arch == "sm_100")) and tile.block_n > 64:
         tile = replace(tile, block_n=64, stages=min(tile.stages, 2))
+    if heavy and arch == "sm_80" and head_dim > 96:
+        tile = replace(tile, block_n=min(tile.block_n, 32))
     if heavy and arch == "sm_89":  # its registers hold no step in flight next to a key bias
         tile = replace(tile, stages=1)
     if running and arch == "sm_90" and high_width(head_dim) > 0:

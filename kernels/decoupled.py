@@ -37,11 +37,15 @@ def _columns(segment, b, n, begin, scale2):
     local = n - begin
     inside = (local >= 0) & (local < segment.length)
     bias = tl.zeros_like(n).to(tl.float32) + within_range(number_at(segment.logit_bias, b)) * LOG2E
-    bias = tl.where(row >= 0, bias, -float("inf"))
+    alive = row >= 0
+    bias = tl.where(alive, bias, -float("inf"))
     row = tl.maximum(row, 0)
     if segment.key_bias is not None:
         at = segment.key_bias + row * segment.key_bias_stride + local
-        bias += tl.load(at, mask=inside, other=0.0) * LOG2E
+        each = tl.load(at, mask=inside & alive, other=0.0)
+        if segment.clean is None:
+            each = within_range(each) * LOG2E
+        bias += each
     scale = tl.zeros_like(bias) + scale2 * number_at(segment.logit_scale, b)
     return row, local, inside, scale, bias
 

@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import NO_MAP, Map, Rows
 from .configs import next_power_of_2
 from .device import reasons
 from .launch import Launch
-from .primitives import NO_MAP, Map, Rows, load_map, token_offsets, token_pointer
+from .primitives import load_map, token_offsets, token_pointer
 from .stats import merge_moments
 
 TOKENS = 16  # of one program of the rotary kernel

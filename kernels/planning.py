@@ -12,6 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..measured import find
+from .arguments import (
+    NO_MAP,
+    NO_NUMBER,
+    NO_ROWS,
+    BranchArgs,
+    Map,
+    Number,
+    Rows,
+    SegmentArgs,
+    rows_of,
+)
 from .blend import blend_launch
 from .configs import (
     BOUNDED,
@@ -24,17 +35,6 @@ from .configs import (
     is_quantised,
 )
 from .launch import Launch
-from .primitives import (
-    NO_MAP,
-    NO_NUMBER,
-    NO_ROWS,
-    BranchArgs,
-    Map,
-    Number,
-    Rows,
-    SegmentArgs,
-    rows_of,
-)
 from .quantised import NOT_QUANTISED, quantise_launch
 from .reach import NO_REACH, Reach, reach_launch
 from .stats import stats_launches
@@ -44,8 +44,12 @@ if TYPE_CHECKING:
 
     from ..branch import Affine, Branch, Segment
 
+    # the reach of keys and their biases, by `_reached`
+    _Reached = dict[tuple[Any, Any], tuple[Tensor, Tensor | None]]
+
 MAX_COLUMNS = 128  # keys of the one-tile kernel
-_SHORT = 512  # keys of a segment whose loop may be slow
+_SHORT = 512  # keys of a segment, or queries, whose loop may be slow
+_STEP = 128  # most keys of a step
 _LOG2E = 1.4426950408889634
 
 
@@ -145,6 +149,7 @@ def _segment(segment: Segment, rows: Tensor | None, batch: int) -> SegmentArgs:
         signed=None,
         reach=NO_REACH,
         quantised=NOT_QUANTISED,
+        clean=None,
         settled=None,
         early=None,
     )
@@ -156,52 +161,67 @@ def _is_blended(segment: Segment) -> bool:
     )
 
 
-def _blended(
+def _is_masked(segment: Segment, length: int) -> bool:
+    """Whether keys that a bias may remove are read so often that a launch before cleans them."""
+    return segment.key_bias is not None and segment.key.shape[2] > _STEP and length > _SHORT
+
+
+def _rewritten(
     segment: Segment, args: SegmentArgs, kept: Tensor | None
-) -> tuple[SegmentArgs, Tensor, Launch]:
-    """(the arguments of a segment whose keys and values are blended before, so that every batch row
-    has its own; the reach of these keys; the launch that blends).
+) -> tuple[SegmentArgs, Any, Tensor, Launch]:
+    """(the arguments of a segment whose keys and values a launch before blends, so that every batch
+    row has its own, or cleans of what a bias removes; the biases of these keys; their reach; that
+    launch).
 
     Args:
         kept: every batch row for itself, -1 where the segment is removed; None where it never is.
     """
-    own: Any = segment.own_key, segment.own_value
-    key, value, reach, launch = blend_launch(
-        (args.key, args.value), own, args.rows, _number(segment.kv_blend)
-    )
+    own: Any = (segment.own_key, segment.own_value) if _is_blended(segment) else None
+    rows = None if own is None else args.rows
+    like = args.key.pointer if own is None else own[0]
     bias, stride = args.key_bias, args.key_bias_stride
-    if args.rows is not None and stride:
-        bias = bias.index_select(0, args.rows[: len(key)].clamp(min=0))
-    args = args._replace(
-        key=rows_of(key), value=rows_of(value), rows=kept, key_bias=bias, key_bias_stride=stride
+    if rows is not None and stride:
+        bias = bias.index_select(0, rows[: len(like)].clamp(min=0))
+    key, value, scaled, reach, launch = blend_launch(
+        (args.key, args.value), own, like, rows, _number(segment.kv_blend), (bias, stride)
     )
-    return args, reach, launch
+    shared = own is None and args.key.stride_b == 0
+    args = args._replace(
+        key=rows_of(key, broadcast=shared),
+        value=rows_of(value, broadcast=shared),
+        rows=args.rows if own is None else kept,
+        key_bias=scaled,
+        key_bias_stride=0 if scaled is None or shared else scaled.stride(0),
+        clean=None if bias is None else 1,
+    )
+    return args, bias, reach, launch
 
 
 class _Arguments:
     """What `_branches` finds: the arguments of all branches, the order of batch rows, the launches
-    that blend keys, and the reach of those keys by tensor."""
+    that write keys, and of those keys the reach and what biases they have."""
 
     def __init__(self) -> None:
         self.branches: tuple[BranchArgs, ...] = ()
         self.order: Tensor | None = None
         self.before: tuple[Launch, ...] = ()
-        self.reach: dict[Any, Tensor] = {}
+        self.reach: _Reached = {}
 
     def segment(
-        self, segment: Segment, lines: tuple[int | None, int | None], table: Any, batch: int
+        self, segment: Segment, lines: tuple[int | None, int | None], table: Any, query: Tensor
     ) -> SegmentArgs:
         """The arguments of a segment; lines: those of its maps in the table."""
+        batch, length = query.shape[0], query.shape[2]
         rows, kept = (None if line is None else table[line] for line in lines)
         if rows is None and segment.rows is not None:
             rows = segment.rows.contiguous()
             each = torch.arange(batch, dtype=rows.dtype, device=rows.device)
             kept = torch.where(rows < 0, rows, each) if _is_blended(segment) else None
         args = _segment(segment, rows, batch)
-        if _is_blended(segment):
-            args, reach, launch = _blended(segment, args, kept)
+        if _is_blended(segment) or _is_masked(segment, length):
+            args, bias, reach, launch = _rewritten(segment, args, kept)
             self.before += (launch,)
-            self.reach[_identity(args.key.pointer)] = reach
+            self.reach[_reached(args)] = reach, bias
         return args
 
 
@@ -224,9 +244,7 @@ def _branches(query: Tensor, branches: Sequence[Branch], lse: Tensor) -> _Argume
             content = None
         nulls = sum(s.null_keys for s in branch.segments)
         silent = not isinstance(branch.weight, torch.Tensor) and branch.weight == 0.0
-        segment_args = tuple(
-            found.segment(s, lines, table, query.shape[0]) for s, lines in segments_lines
-        )
+        segment_args = tuple(found.segment(s, lines, table, query) for s, lines in segments_lines)
         arguments.append(
             BranchArgs(
                 query=rows_of(query if branch.query is None else branch.query),
@@ -313,9 +331,14 @@ def _identity(key: Tensor) -> Any:
     return key.data_ptr(), key.shape, key.stride()
 
 
+def _reached(s: SegmentArgs) -> tuple[Any, Any]:
+    """What the reach of keys depends on: themselves, and a bias that may remove some."""
+    return _identity(s.key.pointer), None if s.key_bias is None else _identity(s.key_bias)
+
+
 def _with_quantised(
     branches: tuple[BranchArgs, ...], exact: Container[Any]
-) -> tuple[tuple[BranchArgs, ...], dict[Any, Tensor], tuple[Launch, ...]]:
+) -> tuple[tuple[BranchArgs, ...], _Reached, tuple[Launch, ...]]:
     """The branches with INT8 keys, but for `exact` tensors, the reach of these by tensor, and the
     launches that make both.
 
@@ -329,7 +352,7 @@ def _with_quantised(
             centers.setdefault(_identity(s.key.pointer), s.key_map.center)
     launches: list[Launch] = []
     made: dict[Any, Any] = {}
-    reach: dict[Any, Tensor] = {}
+    reach: _Reached = {}
 
     def mark(s: SegmentArgs) -> SegmentArgs:
         if _identity(s.key.pointer) in exact or s.key_bias is not None:
@@ -342,7 +365,8 @@ def _with_quantised(
                 mean = torch.empty(shape, dtype=torch.float32, device=key.device)
                 launches.extend(stats_launches(key, 1.0, mean, torch.empty_like(mean)))
                 centers[known] = mean
-            made[known], reach[known], launch = quantise_launch(key, centers[known])
+            made[known], found, launch = quantise_launch(key, centers[known])
+            reach[known, None] = found, None
             launches.append(launch)
         found = made[known]
         return s._replace(quantised=found.shared() if s.key.stride_b == 0 else found)
@@ -352,7 +376,7 @@ def _with_quantised(
 
 
 def _with_reach(
-    branches: tuple[BranchArgs, ...], least: int, made: dict[Any, Tensor]
+    branches: tuple[BranchArgs, ...], least: int, made: _Reached
 ) -> tuple[tuple[BranchArgs, ...], tuple[Launch, ...]]:
     """The branches with the reach of all long segments, and the launches that find what is not
     `made` yet: one for each tensor of keys."""
@@ -361,18 +385,16 @@ def _with_reach(
     def mark(s: SegmentArgs) -> SegmentArgs:
         if s.logit_bias.stride_l is not None or s.single is not None or s.length < least:
             return s
-        known = _identity(s.key.pointer)
-        highest = None
-        if s.key_bias is not None:  # how far keys reach depends on which of them it removes
-            known = known, _identity(s.key_bias)
-            highest = s.key_bias.amax(-1)
+        known = _reached(s)
         if known not in made:
-            made[known], launch = reach_launch(s.key.pointer, s.key_bias, s.key_bias_stride)
+            found, launch = reach_launch(s.key.pointer, s.key_bias, s.key_bias_stride)
+            made[known] = found, s.key_bias
             launches.append(launch)
-        out = made[known]
+        out, bias = made[known]
         stride = 0 if s.key.stride_b == 0 else out.stride(0)
-        step = 0 if s.key_bias_stride == 0 else 1
-        anchored = 1 if s.key_bias is None and s.quantised.blocks is None else None
+        highest = None if bias is None else bias.amax(-1)
+        step = 0 if bias is None or bias.ndim == 1 or s.key_bias_stride == 0 else 1
+        anchored = 1 if bias is None and s.quantised.blocks is None else None
         return s._replace(reach=Reach(out, stride, out.shape[2], highest, step, anchored))
 
     marked = tuple(b._replace(segments=tuple(mark(s) for s in b.segments)) for b in branches)
@@ -427,7 +449,7 @@ def plan(
         constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         arguments = tuple(_with_capabilities(a, scale2, tile.block_n) for a in arguments)
         if fast:
-            arguments, quantised, more = _with_quantised(arguments, reach)
+            arguments, quantised, more = _with_quantised(arguments, {key for key, _ in reach})
             reach, before = {**reach, **quantised}, (*before, *more)
         if bounded:
             arguments, more = _with_reach(arguments, BOUNDED[arch], reach)

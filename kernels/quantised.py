@@ -18,17 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import NO_ROWS, Rows, rows_of
 from .configs import high_width, low_width, next_power_of_2
 from .launch import Launch
-from .primitives import (
-    NO_ROWS,
-    Rows,
-    fold_chunk,
-    load_chunk,
-    rows_of,
-    token_offsets,
-    token_pointer,
-)
+from .primitives import fold_chunk, load_chunk, token_offsets, token_pointer
 from .reach import new_reach
 
 BLOCK = tl.constexpr(128)  # keys that share a scale; a step of the loop never holds more

@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import rows_of
 from .configs import next_power_of_2
 from .launch import Launch
-from .primitives import LOG2E, along, load_tile, rows_of, squares, token_offsets, token_pointer
+from .primitives import LOG2E, along, load_tile, squares, token_offsets, token_pointer
 
 PARTS = tl.constexpr(16)  # most partial maxima of a row and head
 

@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import Rows
 from .configs import next_power_of_2
 from .device import reasons
 from .launch import Launch
-from .primitives import Rows, token_offsets, token_pointer
+from .primitives import token_offsets, token_pointer
 
 BLOCK = 64  # tokens per tile
 RUN = 512  # tokens per program

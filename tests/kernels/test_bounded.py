@@ -15,6 +15,7 @@ from styleattn.kernels import attention, planning
 from styleattn.kernels.attention import launch_of
 from styleattn.testing import BranchSpec, CallSpec, SegmentSpec, relative_error
 
+LOG2E = 1 / math.log(2)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy under the interpreter
 
@@ -125,7 +126,7 @@ def test_blended_keys_are_written_once():
     kept = [b if r >= 0 else -1 for b, r in enumerate(segment.rows.tolist())]
     assert -1 in kept and found.rows[:3].tolist() == kept
     for b, r in enumerate(segment.rows.tolist()):
-        assert r < 0 or torch.equal(found.key_bias[b], segment.key_bias[r])
+        assert r < 0 or torch.equal(found.key_bias[b], segment.key_bias[r] * LOG2E)
     reach, keys = found.reach.pointer, found.key.pointer.float()
     alive = torch.tensor(kept) >= 0
     assert found.reach.anchored is None  # keys with a bias each have no anchor
@@ -252,3 +253,43 @@ def test_sums_of_branches_in_memory(dtype, dim):
     held = [(b.gets is not None, b.puts is not None) for b in launch.args[1]]
     wide = [(False, False), (False, True), (True, True), (True, False)]
     assert held == (wide if dim >= 128 else [(False, False)] * 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("rows", ["", "holes"])
+@pytest.mark.parametrize("bias", ["row", "mask"])
+def test_keys_that_many_queries_read_are_cleaned_once(bias, rows, dtype):
+    """What a bias removes is written as zeros by a launch before, and may hold anything."""
+    spec = one(key_bias=bias, key_rows=rows)
+    spec = BranchSpec((spec.segments[0], replace(spec.segments[1], keys=150)))
+    query, branches, scale = CallSpec(2, 1, 600, 40, (spec,), dtype).build()
+    first, second = branches[0].segments
+    normal, sigma = normalize("test", query, branches, scale)
+    lse = torch.empty(1, *query.shape[:3])
+    launch = launch_of(query, normal, sigma, query, lse, "interpreter")
+    assert [s.clean for s in launch.args[1][0].segments] == [None, 1]
+    few = launch_of(query[:, :, :500], normal, sigma, query, lse, "interpreter")
+    assert [s.clean for s in few.args[1][0].segments] == [None, None]
+    out, _ = check(query, branches, scale)
+    removed = second.key_bias == -math.inf
+    removed = removed[:, None, :, None] if removed.ndim == 2 else removed[:, None]
+    poison = replace(
+        second,
+        key=second.key.masked_fill(removed, math.nan),
+        value=second.value.masked_fill(removed, math.inf),
+    )
+    found, _ = run(query, (Branch((first, poison)),), scale)
+    assert removed.any() == (bias == "mask") and torch.equal(found, out)
+
+
+@pytest.mark.parametrize("length", [9, 600])
+@pytest.mark.parametrize("keys", [20, 70, 150])
+def test_the_lowest_biases_remove_nothing(keys, length):
+    """Next to them logits are nothing in fp32: what is left is the mean of the values."""
+    spec = BranchSpec((SegmentSpec(keys),))
+    query, branches, scale = CallSpec(2, 1, length, 40, (spec,), torch.float32).build()
+    (segment,) = branches[0].segments
+    low = replace(segment, key_bias=torch.full((keys,), torch.finfo(torch.float32).min))
+    out, _ = run(query, (Branch((low,)),), scale)
+    mean = segment.value.double().mean(2, keepdim=True).expand(out.shape)
+    assert relative_error(out, mean) < 1e-6
