@@ -359,14 +359,16 @@ def load_parked(
 
 @triton.jit
 def load_sums(pointer, place, D: tl.constexpr):
-    """The chunks of a tile of [B, H, L, D] fp32 that this program has stored."""
+    """The chunks of a tile of [B, H, L, D] fp32 that this program stored and may store again."""
     _, _, _, _, m, valid = place
     tl.debug_barrier()
     low = load_parked(pointer, D, m, valid, 0, low_width(D), D)
     if high_width(D) == 0:
-        return (low,)
+        sums = (low,)
     else:
-        return (low, load_parked(pointer, D, m, valid, low_width(D), high_width(D), D))
+        sums = (low, load_parked(pointer, D, m, valid, low_width(D), high_width(D), D))
+    tl.debug_barrier()
+    return sums
 
 
 @triton.jit

@@ -27,6 +27,11 @@ EVERYTHING = (
     SegmentSpec(70, key_rows="holes", affines="kc", logit_scale="row", logit_bias="float"),
     SegmentSpec(33, logit_bias="query", key_bias="mask", null_keys=3),
 )
+LONG = (
+    SegmentSpec(640, affines="kc"),
+    SegmentSpec(700, key_rows="holes", logit_bias="float"),
+    SegmentSpec(600, key_bias="mask"),
+)
 
 
 def moved(x, device="cuda"):
@@ -62,6 +67,20 @@ def test_lengths(length, dtype):
     query, branches, scale = CallSpec(
         2, 2, length, 64, (BranchSpec(EVERYTHING[:2]),), dtype
     ).build()
+    out, lse = styleattn.attention(
+        moved(query), moved(branches), softmax_scale=scale, return_lse=True, backend="triton"
+    )
+    assert_within_error_budget(out.cpu(), lse.cpu(), query, branches, scale)
+
+
+@pytest.mark.parametrize("spread", [1.0, 300.0])
+@pytest.mark.parametrize("dim", [40, 64, 80, 128, 160])
+@pytest.mark.parametrize("dtype", HALF)
+def test_long_keys(dim, dtype, spread):
+    """With a running maximum and without; masked keys; a second branch with a loop of its own."""
+    specs = (BranchSpec(LONG), BranchSpec((SegmentSpec(530),), weight="query"))
+    query, branches, scale = CallSpec(2, 2, 600, dim, specs, dtype).build()
+    query = query * spread
     out, lse = styleattn.attention(
         moved(query), moved(branches), softmax_scale=scale, return_lse=True, backend="triton"
     )
