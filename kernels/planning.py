@@ -185,7 +185,7 @@ def _rewritten(
     key, value, scaled, reach, launch = blend_launch(
         (args.key, args.value), own, like, rows, _number(segment.kv_blend), (bias, stride)
     )
-    shared = own is None and args.key.stride_b == 0
+    shared = len(like) == 1 and args.key.stride_b == 0  # not one row that is expanded: masks differ
     args = args._replace(
         key=rows_of(key, broadcast=shared),
         value=rows_of(value, broadcast=shared),
@@ -391,9 +391,9 @@ def _with_reach(
             made[known] = found, s.key_bias
             launches.append(launch)
         out, bias = made[known]
-        stride = 0 if s.key.stride_b == 0 else out.stride(0)
+        stride = 0 if len(out) == 1 else out.stride(0)
         highest = None if bias is None else bias.amax(-1)
-        step = 0 if bias is None or bias.ndim == 1 or s.key_bias_stride == 0 else 1
+        step = 0 if highest is None or highest.numel() == 1 else 1
         anchored = 1 if bias is None and s.quantised.blocks is None else None
         return s._replace(reach=Reach(out, stride, out.shape[2], highest, step, anchored))
 

@@ -293,3 +293,31 @@ def test_the_lowest_biases_remove_nothing(keys, length):
     out, _ = run(query, (Branch((low,)),), scale)
     mean = segment.value.double().mean(2, keepdim=True).expand(out.shape)
     assert relative_error(out, mean) < 1e-6
+
+
+@pytest.mark.parametrize("length", [9, 600])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16", "bfloat16"])
+def test_one_row_of_keys_with_a_mask_for_each(dtype, length):
+    """Expanded keys are one row in memory, and what each mask leaves of them is not."""
+    spec = BranchSpec((SegmentSpec(150, key_bias="mask"),))
+    query, branches, scale = CallSpec(2, 1, length, 40, (spec,), dtype).build()
+    (segment,) = branches[0].segments
+    bias = torch.full((2, 150), -math.inf)
+    bias[0, :40], bias[1, 40:] = 0.0, 0.0
+    key, value = segment.key[:1].clone(), segment.value[:1]
+    key[:, :, 40:] *= 40  # out of the bound, where row 0 does not look
+    one_row = replace(
+        segment, key=key.expand(2, -1, -1, -1), value=value.expand(2, -1, -1, -1), key_bias=bias
+    )
+    check(query, (Branch((one_row,)),), scale)
+
+
+def test_one_mask_for_keys_that_every_row_blends():
+    spec = BranchSpec((SegmentSpec(150, key_bias="mask", blend="float"),))
+    query, branches, scale = CallSpec(3, 1, 9, 40, (spec,), torch.bfloat16).build()
+    (segment,) = branches[0].segments
+    bias = torch.zeros(1, 150)
+    bias[:, ::2] = -math.inf
+    shared = replace(segment, key=segment.key[:1], value=segment.value[:1], rows=None)
+    for each in (bias, bias[0]):
+        check(query, (Branch((replace(shared, key_bias=each + 3e4),)),), scale)
