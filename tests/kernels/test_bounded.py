@@ -53,7 +53,7 @@ def test_no_running_maximum_where_logits_are_bounded(spread, both_ways):
 @pytest.mark.parametrize("dim", [40, 64])
 @pytest.mark.parametrize("blend", [None, 0.5])
 def test_a_mean_that_keys_share_is_not_what_bounds_them(blend, dim, both_ways):
-    """It moves all logits of a query alike, here by thousands."""
+    """It moves all logits of a query alike, here by hundreds."""
     g = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 1, 70, dim, generator=g) for _ in range(3))
     key = (key + 200 * torch.randn(1, 1, 1, dim, generator=g)).bfloat16()
