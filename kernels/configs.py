@@ -183,13 +183,14 @@ def attention_tile(
     tile = TILES[arch, itemsize][next(i for i, limit in enumerate(_WIDTHS) if width <= limit)]
     if heavy and itemsize == 2:
         tile = replace(tile, stages=min(tile.stages, 2))
-    if (crowded or (heavy and arch == "sm_100")) and tile.block_n > 64:
+    chunks = arch == "sm_90" and high_width(head_dim) > 0
+    if (crowded or (heavy and (chunks or arch == "sm_100"))) and tile.block_n > 64:
         tile = replace(tile, block_n=64, stages=min(tile.stages, 2))
     if heavy and arch == "sm_80" and head_dim > 96:
         tile = replace(tile, block_n=min(tile.block_n, 32))
     if heavy and arch == "sm_89":  # its registers hold no step in flight next to a key bias
         tile = replace(tile, stages=1)
-    if running and arch == "sm_90" and high_width(head_dim) > 0:
+    if running and chunks:
         tile = replace(tile, stages=min(tile.stages, 2))
     if length <= 64 and tile.block_m == 128:
         tile = replace(tile, block_m=64, warps=4)

@@ -439,7 +439,6 @@ def plan(
         heavy |= any(s.value_map.scale is not None for a in arguments for s in a.segments[1:])
         longest = max(keys, default=1)
         crowded = any(s.length > _SHORT for a in arguments[1:] for s in a.segments)
-        crowded |= heavy and arch == "sm_90" and high_width(dim) > 0
         bounded = query.dtype == torch.bfloat16 and is_bounded(arch, dim)
         room = {"heavy": heavy, "crowded": crowded, "running": not bounded}
         tile = attention_tile(arch, dim, query.element_size(), length, longest, **room)
